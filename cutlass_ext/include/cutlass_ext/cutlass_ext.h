@@ -1,0 +1,171 @@
+/* C API of cutlass_ext: y[M,N] = x[M,K] @ dequant(W[N,K])^T + bias, with W stored in 2 to 8 bits.
+ *
+ * Rules that hold for every function:
+ *  - A function that can fail returns a cx_status and, if that is not CX_OK, leaves a message for the calling thread in
+ *    cx_last_error(): "function: argument: expected ..., got ...". Arguments are checked before anything is
+ *    written. Nothing throws, exits or prints.
+ *  - Buffers, stream and workspace belong to the caller. Nothing is allocated for the caller.
+ *  - Functions may be called from several threads at once, on the same weight too, with one workspace per call.
+ *  - Matrices are row-major; leading dimensions (ldx, ldy, ld) count elements between rows.
+ */
+#ifndef CUTLASS_EXT_H_
+#define CUTLASS_EXT_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define CX_VERSION_MAJOR 0
+#define CX_VERSION_MINOR 1
+#define CX_VERSION_PATCH 0
+
+#if defined(__GNUC__)
+#define CX_API __attribute__((visibility("default")))
+#else
+#define CX_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum cx_status {
+  CX_OK = 0,
+  CX_INVALID_ARGUMENT = 1,   /* a wrong shape, size, type or pointer */
+  CX_NOT_SUPPORTED = 2,      /* a valid request that this build or this machine has no kernel for */
+  CX_WORKSPACE_TOO_SMALL = 3,
+  CX_INTERNAL = 4
+} cx_status;
+
+typedef enum cx_device { CX_CPU = 0, CX_CUDA = 1 } cx_device;
+
+/* Type of x, y, bias and of dequantized weights. */
+typedef enum cx_dtype { CX_FP32 = 0, CX_FP16 = 1, CX_BF16 = 2 } cx_dtype;
+
+/* How scales are stored. The values are those of pyquant.formats.ScaleType. */
+typedef enum cx_scale_type {
+  CX_SCALE_FP32 = 0,
+  CX_SCALE_FP16 = 1,
+  CX_SCALE_BF16 = 2,
+  CX_SCALE_E4M4 = 3,   /* uint8 */
+  CX_SCALE_E4M3 = 4,   /* uint8 */
+  CX_SCALE_E8M0 = 5,   /* uint8 */
+  CX_SCALE_NESTED = 6  /* uint8 index into nested_map */
+} cx_scale_type;
+
+typedef enum cx_zero_type {
+  CX_ZERO_NONE = 0,
+  CX_ZERO_INTEGER = 1, /* uint8 */
+  CX_ZERO_FLOAT = 2    /* the scale's type, in code units */
+} cx_zero_type;
+
+typedef enum cx_layout {
+  CX_CANONICAL = 0, /* codes [N, ceil(K * bits / 8)], lowest k in the lowest bits; scales [N, groups] or flat */
+  CX_PACKED = 1     /* what the kernels read; cx_pack makes it */
+} cx_layout;
+
+/* A quantized weight: w[n,k] = decode(code[n,k]) * scale, or (code - zero) * scale.
+ * In all calls but cx_pack and cx_unpack, whose outputs they are, the buffers are only read. */
+typedef struct cx_weight {
+  int32_t format; /* cx_format_info.id */
+  cx_layout layout;
+  cx_scale_type scale_type;
+  cx_zero_type zero_type;
+  int64_t n;          /* out_features */
+  int64_t k;          /* in_features */
+  int64_t group_size; /* consecutive k that share a scale */
+
+  void* codes;
+  void* scales;
+  void* zeros; /* NULL if zero_type is CX_ZERO_NONE */
+  /* The bytes behind the three pointers; checked against cx_weight_bytes. */
+  size_t codes_bytes;
+  size_t scales_bytes;
+  size_t zeros_bytes;
+
+  const float* codebook;      /* 2^bits values; only for formats without a codebook of their own, else NULL */
+  const float* nested_map;    /* 256 values; only for CX_SCALE_NESTED */
+  const float* nested_absmax; /* one per 256 flat blocks; only for CX_SCALE_NESTED */
+  int64_t nested_absmax_count;
+  float nested_offset; /* added to nested scales */
+  float tensor_scale;  /* multiplies the scales of formats that have one; else ignored */
+} cx_weight;
+
+/* Bytes of the three buffers of a weight, in its layout. */
+typedef struct cx_weight_sizes {
+  size_t codes_bytes;
+  size_t scales_bytes;
+  size_t zeros_bytes;
+  int64_t nested_absmax_count;
+} cx_weight_sizes;
+
+typedef struct cx_format_info {
+  int32_t id;
+  const char* name;
+  int32_t bits;
+  int32_t is_codebook;
+  int32_t is_signed;
+  int32_t flat_blocks;
+  int32_t tensor_scale;
+  uint32_t scale_types; /* bit i: cx_scale_type i is allowed */
+  uint32_t zero_types;  /* bit i: cx_zero_type i is allowed */
+  const float* codebook; /* 2^bits values, or NULL: integers, or the weight brings its own */
+} cx_format_info;
+
+typedef struct cx_instance_info {
+  const char* name; /* <device>_<family>_<isa> */
+  cx_device device;
+  int32_t available; /* nonzero: this machine can run it */
+} cx_instance_info;
+
+typedef struct cx_gemm_args {
+  const cx_weight* weight; /* packed */
+  cx_dtype dtype;          /* of x, y and bias */
+  int64_t m;               /* tokens; 0 is allowed */
+  const void* x;           /* [M, K] */
+  int64_t ldx;
+  void* y;                 /* [M, N] */
+  int64_t ldy;
+  const void* bias;        /* [N] or NULL */
+  cx_device device;
+  void* stream;            /* cudaStream_t; ignored on the CPU */
+  void* workspace;         /* at least cx_gemm_workspace bytes, 64-byte aligned */
+  size_t workspace_bytes;
+  int32_t instance;        /* an index below cx_instance_count, or -1: the dispatch chooses */
+  int32_t threads;         /* CPU threads; 0: as many as OpenMP gives */
+} cx_gemm_args;
+
+/* major * 10000 + minor * 100 + patch of the library. */
+CX_API int32_t cx_version(void);
+/* The message of the calling thread's last failure; empty if there was none. Valid until its next failure. */
+CX_API const char* cx_last_error(void);
+/* A JSON object that says how the library was built: version, compiler, cuda. */
+CX_API const char* cx_build_info(void);
+
+CX_API int32_t cx_format_count(void);
+CX_API cx_status cx_get_format(int32_t id, cx_format_info* info);
+
+/* Kernel instances of this build, and the one that cx_gemm would run. */
+CX_API int32_t cx_instance_count(void);
+CX_API cx_status cx_get_instance(int32_t index, cx_instance_info* info);
+CX_API cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index);
+
+/* Sizes of the weight's buffers; reads format, layout, scale_type, zero_type, n, k and group_size only. */
+CX_API cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes);
+
+/* Between canonical and packed, lossless both ways. `to` has the same format, types and shape as `from`, the other
+ * layout, and buffers of cx_weight_bytes, all of which are written; codebook and nested parts are not touched. */
+CX_API cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
+CX_API cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
+
+/* out[N, K] = the weight, each value rounded once to dtype. */
+CX_API cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device,
+                               void* stream, int32_t threads);
+
+CX_API cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes);
+CX_API cx_status cx_gemm(const cx_gemm_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CUTLASS_EXT_H_ */

@@ -1,0 +1,33 @@
+"""Which kernel instances exist. A name is `<device>_<family>_<isa>`: C++ symbol, file, manifest key and test id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One compiled kernel: a family instantiated for an instruction set."""
+
+    device: str
+    family: str
+    isa: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.device}_{self.family}_{self.isa}"
+
+
+# Compiler flags of each CPU instruction set.
+CPU_ISA_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+
+# Best first: the dispatch takes the first available one of the family it wants.
+INSTANCES = tuple(
+    Instance("cpu", family, isa)
+    for isa in CPU_ISA_FLAGS
+    for family in ("stream", "tile", "dequant")
+)

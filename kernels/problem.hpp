@@ -1,0 +1,58 @@
+// What a kernel gets: a checked problem with the format resolved to properties.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/format.hpp"
+
+namespace cutlass_ext {
+
+// A packed weight. Scales and zeros lie as kernels/layout.hpp says.
+struct Weight {
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
+  int bits;
+  layout::CodeOrder order;
+  ScaleType scale_type;
+  ZeroType zero_type;
+  bool flat_scales;  // scale of (n, k) = scales[(n * K + k) / group_size]
+  bool is_codebook;
+  int bias;                // integers: value = packed code - bias
+  const float* codebook;   // codebooks: 2^bits values; integers: nullptr
+  const uint8_t* codes;
+  const void* scales;
+  const void* zeros;
+  const float* nested_map;
+  const float* nested_absmax;
+  float nested_offset;
+  float tensor_scale;  // 1 where the format has none
+
+  int64_t groups() const { return layout::ceil_div(k, group_size); }  // of a row
+};
+
+struct GemmProblem {
+  Weight weight;
+  DType dtype;  // of x, y and bias
+  int64_t m;
+  const void* x;
+  int64_t ldx;
+  void* y;
+  int64_t ldy;
+  const void* bias;  // nullptr: none
+  void* workspace;
+  void* stream;
+  int threads;  // CPU threads, >= 1
+};
+
+struct DequantizeProblem {
+  Weight weight;
+  DType dtype;  // of out
+  void* out;    // [N, K]
+  int64_t ld;
+  void* stream;
+  int threads;  // CPU threads, >= 1
+};
+
+}  // namespace cutlass_ext
