@@ -34,11 +34,10 @@ struct Format {
   uint32_t scale_types;   // bit i: ScaleType i is allowed
   uint32_t zero_types;    // bit i: ZeroType i is allowed
   const int* group_sizes; // allowed group sizes, 0-terminated; empty: a power of two >= 16, or K
-  const float* codebook;  // 2^bits values, or nullptr
+  const float* codebook;  // 2^bits values, or nullptr: integers, or every weight brings its own
 
   constexpr int levels() const { return 1 << bits; }
   constexpr bool is_codebook() const { return encoding == Encoding::kCodebook; }
-  constexpr bool user_codebook() const { return is_codebook() && codebook == nullptr; }
   // Packed integer codes are unsigned: value = packed code - bias.
   constexpr int bias() const { return encoding == Encoding::kSigned ? levels() / 2 : 0; }
   constexpr layout::CodeOrder order() const {

@@ -26,8 +26,8 @@ struct Weight {
   const void* zeros;
   const float* nested_map;
   const float* nested_absmax;
-  float nested_offset;
-  float tensor_scale;  // 1 where the format has none
+  const float* nested_offset;  // one value, or nullptr
+  const float* tensor_scale;   // one value, or nullptr
 
   int64_t groups() const { return layout::ceil_div(k, group_size); }  // of a row
 };

@@ -56,7 +56,8 @@ class Format:
         id: the integer that crosses the op boundary and stands in files; never reused.
         bits: bits per code (2, 3, 4, 5 or 8).
         encoding: how a code becomes a number.
-        codebook: the 2^bits fp32 values, or None (integers, or the user's own).
+        codebook: the 2^bits fp32 values of a codebook format, unless the weight brings its own; None for
+            integers, and for codebook formats whose weights always bring one.
         scale_types: allowed scales, the default first.
         zero_types: allowed zero points, the default first.
         group_sizes: allowed group sizes; empty means any power of two from 16 up, or K.
@@ -98,8 +99,8 @@ class Format:
         return self.levels // 2 if self.encoding is Encoding.SIGNED else 0
 
     @property
-    def user_codebook(self) -> bool:
-        """True when the codebook comes with the weight."""
+    def needs_codebook(self) -> bool:
+        """True when every weight brings its codebook."""
         return self.encoding is Encoding.CODEBOOK and self.codebook is None
 
     def allows_group(self, group_size: int, k: int) -> bool:

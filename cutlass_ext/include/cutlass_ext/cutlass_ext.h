@@ -74,6 +74,7 @@ typedef struct cx_weight {
   int64_t k;          /* in_features */
   int64_t group_size; /* consecutive k that share a scale */
 
+  /* All pointers of a weight are on the device that works on it. */
   void* codes;
   void* scales;
   void* zeros; /* NULL if zero_type is CX_ZERO_NONE */
@@ -82,12 +83,12 @@ typedef struct cx_weight {
   size_t scales_bytes;
   size_t zeros_bytes;
 
-  const float* codebook;      /* 2^bits values; only for formats without a codebook of their own, else NULL */
+  const float* codebook;      /* 2^bits values in place of the format's own; NULL for those, and for integers */
   const float* nested_map;    /* 256 values; only for CX_SCALE_NESTED */
   const float* nested_absmax; /* one per 256 flat blocks; only for CX_SCALE_NESTED */
   int64_t nested_absmax_count;
-  float nested_offset; /* added to nested scales */
-  float tensor_scale;  /* multiplies the scales of formats that have one; else ignored */
+  const float* nested_offset; /* one value, added to nested scales; only for CX_SCALE_NESTED */
+  const float* tensor_scale;  /* one value; only for formats with a tensor scale, whose scales it multiplies */
 } cx_weight;
 
 /* Bytes of the three buffers of a weight, in its layout. */

@@ -1,0 +1,59 @@
+# make run   quantize a real model and run it        make test   all tests
+# make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
+# make bench the CPU benchmark of docs/performance.md
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CUTLASS_VERSION := 4.2.0.0
+export CUTLASS_HOME ?= $(CURDIR)/$(VENV)/cutlass/cutlass_library/source
+CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cu' 'kernels/*.cuh' 'cutlass_ext/*.hpp' 'cutlass_ext/*.cpp' \
+         'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
+BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
+
+.PHONY: run test lint format sanitize bench clean
+
+run: $(VENV)/.demo
+	$(BIN)/python examples/quantize_minilm.py
+
+test: $(VENV)/.test $(VENV)/.demo
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/cpp/sanitize.py
+
+bench: $(VENV)/.build
+	$(BIN)/python -m pyquant bench
+
+# The environment: build tools, then the package in development mode (its libraries go to pyquant/lib). Torch first,
+# because the libraries are built against its headers. CUTLASS headers only where nvcc is, beside the environment: its
+# Python part, and the many packages that part needs, are of no use here.
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "torch>=2.11" "setuptools>=77" "cmake>=3.24" ninja
+	if command -v nvcc >/dev/null; then \
+	  $(BIN)/python -m pip install -q --no-deps --target $(VENV)/cutlass nvidia-cutlass==$(CUTLASS_VERSION); fi
+	touch $@
+
+$(VENV)/.build: $(VENV)/.tools $(BUILD_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out pyquant/lib pyquant/include *.egg-info

@@ -1,0 +1,146 @@
+// The C API: checks, then the dispatch, then the kernel.
+#include <cinttypes>
+
+#include "cutlass_ext/check.hpp"
+#include "cutlass_ext/cutlass_ext.h"
+#include "cutlass_ext/dispatch.hpp"
+#include "cutlass_ext/pack.hpp"
+#include "cutlass_ext/status.hpp"
+
+namespace cutlass_ext {
+namespace {
+
+constexpr uintptr_t kWorkspaceAlignment = 64;
+
+cx_status check_instance(const char* function, int32_t index) {
+  if (index < 0 || index >= instance_count()) {
+    return fail(CX_INVALID_ARGUMENT, function, "instance: expected -1..%d, got %" PRId32, instance_count() - 1, index);
+  }
+  const Instance& instance = instance_at(index);
+  if (instance.gemm == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, function, "instance: expected a GEMM, got %s", instance.name);
+  }
+  if (!instance.available()) {
+    return fail(CX_NOT_SUPPORTED, function, "instance: this machine cannot run %s", instance.name);
+  }
+  return CX_OK;
+}
+
+// The checked problem and the instance that runs it.
+cx_status resolve_gemm(const char* function, const cx_gemm_args* args, GemmProblem* problem, int* index) {
+  CX_TRY(check_gemm(function, args, problem));
+  if (args->instance == -1) {
+    *index = select_gemm(*problem);
+    return CX_OK;
+  }
+  CX_TRY(check_instance(function, args->instance));
+  *index = args->instance;
+  return CX_OK;
+}
+
+}  // namespace
+}  // namespace cutlass_ext
+
+using namespace cutlass_ext;
+
+int32_t cx_version(void) { return CX_VERSION_MAJOR * 10000 + CX_VERSION_MINOR * 100 + CX_VERSION_PATCH; }
+
+const char* cx_last_error(void) { return last_error(); }
+
+const char* cx_build_info(void) { return CX_BUILD_INFO; }
+
+int32_t cx_format_count(void) { return kFormatCount; }
+
+cx_status cx_get_format(int32_t id, cx_format_info* info) {
+  if (id < 0 || id >= kFormatCount) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "id: expected 0..%d, got %" PRId32, kFormatCount - 1, id);
+  }
+  if (info == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "info: expected a pointer, got NULL");
+  const Format& f = kFormats[id];
+  *info = {f.id,          f.name,         f.bits,        f.is_codebook(), f.encoding == Encoding::kSigned,
+           f.flat_blocks, f.tensor_scale, f.scale_types, f.zero_types,    f.codebook};
+  return CX_OK;
+}
+
+int32_t cx_instance_count(void) { return instance_count(); }
+
+cx_status cx_get_instance(int32_t index, cx_instance_info* info) {
+  if (index < 0 || index >= instance_count()) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "index: expected 0..%d, got %" PRId32, instance_count() - 1, index);
+  }
+  if (info == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "info: expected a pointer, got NULL");
+  const Instance& instance = instance_at(index);
+  *info = {instance.name, instance.device == Device::kCpu ? CX_CPU : CX_CUDA, instance.available()};
+  return CX_OK;
+}
+
+cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index) {
+  GemmProblem problem;
+  if (index == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "index: expected a pointer, got NULL");
+  return resolve_gemm(__func__, args, &problem, index);
+}
+
+cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes) {
+  const Format* format = nullptr;
+  CX_TRY(check_spec(__func__, weight, &format));
+  if (sizes == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "sizes: expected a pointer, got NULL");
+  *sizes = weight_sizes(*weight, *format);
+  return CX_OK;
+}
+
+cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void*) {
+  CX_TRY(check_device(__func__, device));
+  return convert_layout(__func__, from, CX_CANONICAL, to);
+}
+
+cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void*) {
+  CX_TRY(check_device(__func__, device));
+  return convert_layout(__func__, from, CX_PACKED, to);
+}
+
+cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device, void* stream,
+                        int32_t threads) {
+  CX_TRY(check_device(__func__, device));
+  DequantizeProblem problem;
+  CX_TRY(check_weight(__func__, packed, CX_PACKED, &problem.weight));
+  CX_TRY(check_dtype(__func__, dtype));
+  if (out == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "out: expected a pointer, got NULL");
+  if (packed->n > 1 && ld < packed->k) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "ld: expected at least K=%" PRId64 ", got %" PRId64, packed->k, ld);
+  }
+  CX_TRY(resolve_threads(__func__, threads, &problem.threads));
+  problem.dtype = static_cast<DType>(dtype);
+  problem.out = out;
+  problem.ld = ld;
+  problem.stream = stream;
+  instance_at(select_dequantize()).dequantize(problem);
+  return CX_OK;
+}
+
+cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes) {
+  GemmProblem problem;
+  int index = 0;
+  if (bytes == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "bytes: expected a pointer, got NULL");
+  CX_TRY(resolve_gemm(__func__, args, &problem, &index));
+  *bytes = problem.m == 0 ? 0 : instance_at(index).workspace_bytes(problem);
+  return CX_OK;
+}
+
+cx_status cx_gemm(const cx_gemm_args* args) {
+  GemmProblem problem;
+  int index = 0;
+  CX_TRY(resolve_gemm(__func__, args, &problem, &index));
+  if (problem.m == 0) return CX_OK;
+  const Instance& instance = instance_at(index);
+  const size_t needed = instance.workspace_bytes(problem);
+  if (args->workspace_bytes < needed) {
+    return fail(CX_WORKSPACE_TOO_SMALL, __func__, "workspace_bytes: expected at least %zu, got %zu", needed,
+                args->workspace_bytes);
+  }
+  if (needed > 0 && (args->workspace == nullptr || reinterpret_cast<uintptr_t>(args->workspace) % kWorkspaceAlignment)) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "workspace: expected a pointer aligned to %zu bytes, got %p",
+                static_cast<size_t>(kWorkspaceAlignment), args->workspace);
+  }
+  instance.gemm(problem);
+  return CX_OK;
+}

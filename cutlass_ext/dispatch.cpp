@@ -1,0 +1,31 @@
+#include "cutlass_ext/dispatch.hpp"
+
+namespace cutlass_ext {
+
+#include "manifest.gen.inc"
+
+namespace {
+
+// Up to this many tokens the stream family is faster on the CPU.
+constexpr int64_t kStreamTokens = 8;
+
+// The manifest lists the instruction sets best first, and the portable one is always available.
+int first_available(Family family) {
+  int index = 0;
+  while (kManifest[index]->family != family || !kManifest[index]->available()) ++index;
+  return index;
+}
+
+}  // namespace
+
+int instance_count() { return sizeof(kManifest) / sizeof(kManifest[0]); }
+
+const Instance& instance_at(int index) { return *kManifest[index]; }
+
+int select_gemm(const GemmProblem& problem) {
+  return first_available(problem.m <= kStreamTokens ? Family::kStream : Family::kTile);
+}
+
+int select_dequantize() { return first_available(Family::kDequant); }
+
+}  // namespace cutlass_ext

@@ -1,0 +1,281 @@
+// y = x @ W^T + bias for many tokens: a tile of the weight is decoded once to fp32 and multiplied with all tokens.
+//
+// A decoded panel is [k][32 rows], so the register tile (tokens x 32 rows) takes two weight vectors and one broadcast per
+// token and k, and needs no sums across a vector. The panel's vectors come from transposing packed words, before they are
+// decoded: 64 shuffles give 128 vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/values.hpp"
+#include "kernels/cpu/weight_kind.hpp"
+#include "kernels/instance.hpp"
+
+namespace cutlass_ext::cpu {
+
+constexpr int kPanelRows = 2 * layout::kAtomRows;
+// K of a tile. The rounding error of a sum over a tile grows with its square root; a panel is 32 KB.
+constexpr int kTileK = 256;
+constexpr int kTileBlocks = kTileK / layout::kBlockK;
+static_assert(kTileBlocks <= kRunBlocks, "one run of scales covers a tile");
+// Panels that are decoded before x is read: a tile of 64 KB in the L2 cache. x is read once per tile.
+constexpr int kTilePanels = 2;
+static_assert(kTilePanels * kPanelRows == layout::kBlockRows, "a tile lies in one slab");
+
+struct TilePlan {
+  int64_t blocks;
+  int64_t tiles_k;
+  int64_t tokens;  // handled in one pass over the weight
+  int row_parts;   // the threads: parts of the rows of W times parts of the tokens
+  int token_parts;
+  size_t x_bytes;
+  size_t tile_bytes;  // of a thread
+  size_t sums_bytes;  // of a thread
+};
+
+static inline TilePlan plan_tile(const GemmProblem& p) {
+  TilePlan plan;
+  plan.blocks = layout::blocks_along_k(p.weight.k);
+  plan.tiles_k = layout::ceil_div(plan.blocks, kTileBlocks);
+  // 512 tokens: a pass costs 256 cycles per 16 weights, decoding them 4. 8 MB of x in fp32: stays in the L3 cache.
+  constexpr int64_t kMaxTokens = 512;
+  constexpr int64_t kMaxBytes = int64_t{8} << 20;
+  const int64_t row_bytes = plan.tiles_k * kTileK * static_cast<int64_t>(sizeof(float));
+  plan.tokens = p.m < kMaxTokens ? p.m : kMaxTokens;
+  while (plan.tokens > 64 && plan.tokens * row_bytes > kMaxBytes) plan.tokens /= 2;
+  while (plan.tokens > 1 && plan.tokens * row_bytes > 2 * kMaxBytes) plan.tokens /= 2;
+  const int64_t panels = layout::ceil_div(p.weight.n, kPanelRows);
+  plan.token_parts = panels >= p.threads ? 1 : static_cast<int>(p.threads / panels);
+  if (plan.token_parts > plan.tokens) plan.token_parts = static_cast<int>(plan.tokens);
+  plan.row_parts = p.threads / plan.token_parts;
+  plan.x_bytes = static_cast<size_t>(plan.tokens * row_bytes);
+  plan.tile_bytes = sizeof(float) * kTileK * layout::kBlockRows;
+  plan.sums_bytes = sizeof(float) * static_cast<size_t>(layout::ceil_div(plan.tokens, plan.token_parts)) *
+                    layout::kBlockRows;
+  return plan;
+}
+
+// One k tile of one token: [kTileK] fp32, zeros beyond K.
+template <class Isa>
+static void pack_token(const GemmProblem& p, int64_t token, int64_t first_k, float* out) {
+  for (int i = 0; i < kTileK; i += kVector) {
+    const int64_t left = p.weight.k - first_k - i;
+    Isa::store(out + i, left > 0 ? load_values<Isa>(p.x, token * p.ldx + first_k + i, p.dtype, left) : Isa::zero());
+  }
+}
+
+// Rows of a panel in the order of its two vectors: 8 rows of the first atom and the 8 rows in the same place of the
+// second one (lanes g of both atoms).
+template <class Isa>
+static CX_INLINE typename Isa::F panel_rows(const float* packed, int first_atom, int row) {
+  alignas(64) float values[kVector];
+  for (int i = 0; i < kVector; ++i) {
+    values[i] = packed[layout::scale_position((first_atom + i / 8) * layout::kAtomRows + i % 8 + 8 * row)];
+  }
+  return Isa::load(values);
+}
+
+// One block of a panel: 64 k x 32 rows, the rows of atoms first_atom and first_atom + 1.
+template <class Kind>
+static CX_INLINE void decode_panel(const typename Kind::Codes& decoder, const typename Kind::Scales& scales,
+                                   const uint8_t* codes, int64_t block, int first_atom, float* panel) {
+  using Isa = typename Kind::Isa;
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  using Codes = typename Kind::Codes;
+  I low[kVector], high[kVector];
+  for (int i = 0; i < kVector; ++i) {
+    const auto words = Codes::load(codes + i / 8 * Codes::kAtomBytes, i % 8);
+    low[i] = words.low;
+    high[i] = words.high;
+  }
+  Isa::transpose(low);
+  if constexpr (Codes::kTwoWords) Isa::transpose(high);
+  alignas(64) uint32_t low_words[kVector][kVector], high_words[kVector][kVector];
+  memcpy(low_words, low, sizeof low_words);
+  if constexpr (Codes::kTwoWords) memcpy(high_words, high, sizeof high_words);
+  for (int step = 0; step < layout::kSteps; ++step) {
+    F scale[2], zero[2];
+    for (int row = 0; row < 2; ++row) {
+      scale[row] = panel_rows<Isa>(scales.step_scales(block, step), first_atom, row);
+      if constexpr (Kind::kZeros) zero[row] = panel_rows<Isa>(scales.step_zeros(block, step), first_atom, row);
+    }
+    for (int t = 0; t < 4; ++t) {
+      const int element = 4 * t + step;
+      const I low_word = Isa::load_words(low_words[element]);
+      const typename Codes::Words words = {low_word, Codes::kTwoWords ? Isa::load_words(high_words[element]) : low_word};
+      unroll<Isa, kSlots>([&](auto slot) __attribute__((always_inline)) {
+        constexpr int kSlot = decltype(slot)::value;
+        float* out = panel + slot_k(kSlot, element) * kPanelRows;
+        unroll<Isa, 2>([&](auto row) __attribute__((always_inline)) {
+          constexpr int kRow = decltype(row)::value;
+          F value = decoder.template value<kRow, kSlot>(words);
+          if constexpr (Kind::kZeros) value = Isa::sub(value, zero[kRow]);
+          Isa::store(out + kRow * kVector, Isa::mul(value, scale[kRow]));
+        });
+      });
+    }
+  }
+}
+
+// The same where groups are flat: by rows, whose scales change at any k.
+template <class Kind>
+static void decode_flat_panel(const typename Kind::Codes& decoder, const typename Kind::Scales& scales,
+                              const uint8_t* codes, int64_t block, int first_atom, float* panel) {
+  using Isa = typename Kind::Isa;
+  using F = typename Isa::F;
+  for (int pair = 0; pair < 2 * kPairs; ++pair) {
+    const int atom = pair / kPairs, g = pair % kPairs;
+    F weights[2][kSlots];
+    Kind::decode_rows(decoder, scales, codes + atom * Kind::Codes::kAtomBytes, block, first_atom + atom, g, weights);
+    for (int row = 0; row < 2; ++row) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        alignas(64) float values[kVector];
+        Isa::store(values, weights[row][slot]);
+        for (int e = 0; e < kVector; ++e) {
+          panel[slot_k(slot, e) * kPanelRows + row * kVector + atom * kPairs + g] = values[e];
+        }
+      }
+    }
+  }
+}
+
+// sums[kTokens][32] (+)= x[kTokens][depth] . panel[depth][32]. Tokens of x are kTileK apart.
+template <class Isa, int kTokens>
+static void multiply_panel(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
+  using F = typename Isa::F;
+  F acc[kTokens][2];
+#pragma GCC unroll 16
+  for (int token = 0; token < kTokens; ++token) acc[token][0] = acc[token][1] = Isa::zero();
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    const F low = Isa::load(panel + k * kPanelRows);
+    const F high = Isa::load(panel + k * kPanelRows + kVector);
+#pragma GCC unroll 16
+    for (int token = 0; token < kTokens; ++token) {
+      const F value = Isa::set1(x[token * kTileK + k]);
+      acc[token][0] = Isa::fma(value, low, acc[token][0]);
+      acc[token][1] = Isa::fma(value, high, acc[token][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int token = 0; token < kTokens; ++token) {
+    for (int half = 0; half < 2; ++half) {
+      float* out = sums + token * kPanelRows + half * kVector;
+      Isa::store(out, first ? acc[token][half] : Isa::add(acc[token][half], Isa::load(out)));
+    }
+  }
+}
+
+template <class Isa, int kTokens = Isa::kTileTokens>
+static CX_INLINE void multiply_panel(int64_t tokens, const float* x, const float* panel, int64_t depth, bool first,
+                                     float* sums) {
+  if constexpr (kTokens > 1) {
+    if (tokens < kTokens) return multiply_panel<Isa, kTokens - 1>(tokens, x, panel, depth, first, sums);
+  }
+  multiply_panel<Isa, kTokens>(x, panel, depth, first, sums);
+}
+
+// Panels [first_panel, last_panel) for tokens [begin, end) of the packed x.
+template <class Kind>
+static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t first_panel, int64_t last_panel,
+                           int64_t first_token, int64_t tokens, int64_t begin, int64_t end, const float* x, float* tile,
+                           float* sums) {
+  using Isa = typename Kind::Isa;
+  using F = typename Isa::F;
+  constexpr int kAtomsPerPanel = kPanelRows / layout::kAtomRows;
+  const typename Kind::Codes decoder(p.weight.codebook, p.weight.bias);
+  typename Kind::Scales scales(p.weight);
+  // Register tiles of equal size: 14, 14, 14, 14, 8 tokens would leave the last one waiting for its additions.
+  const int64_t groups = layout::ceil_div(end - begin, Isa::kTileTokens);
+  while (first_panel < last_panel && groups > 0) {
+    const int64_t slab = first_panel / kTilePanels;
+    const int panel_begin = static_cast<int>(first_panel - slab * kTilePanels);
+    const int panel_end =
+        last_panel - slab * kTilePanels < kTilePanels ? static_cast<int>(last_panel - slab * kTilePanels) : kTilePanels;
+    scales.start_slab(slab);
+    for (int64_t tile_k = 0; tile_k < plan.tiles_k; ++tile_k) {
+      const int64_t block_begin = tile_k * kTileBlocks;
+      const int64_t block_end = block_begin + kTileBlocks < plan.blocks ? block_begin + kTileBlocks : plan.blocks;
+      scales.decode(block_begin, block_end);
+      for (int panel = panel_begin; panel < panel_end; ++panel) {
+        for (int64_t block = block_begin; block < block_end; ++block) {
+          const int atom = panel * kAtomsPerPanel;
+          const uint8_t* codes = p.weight.codes + ((slab * plan.blocks + block) * layout::kAtomsPerBlock + atom) *
+                                                      Kind::Codes::kAtomBytes;
+          float* out = tile + panel * kTileK * kPanelRows + (block - block_begin) * layout::kBlockK * kPanelRows;
+          if constexpr (Kind::kGroups == Groups::kFlat) {
+            decode_flat_panel<Kind>(decoder, scales, codes, block, atom, out);
+          } else {
+            decode_panel<Kind>(decoder, scales, codes, block, atom, out);
+          }
+        }
+      }
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t token = begin + (end - begin) * group / groups;
+        const int64_t count = begin + (end - begin) * (group + 1) / groups - token;
+        for (int panel = panel_begin; panel < panel_end; ++panel) {
+          multiply_panel<Isa>(count, x + (tile_k * tokens + token) * kTileK, tile + panel * kTileK * kPanelRows,
+                              (block_end - block_begin) * layout::kBlockK, tile_k == 0,
+                              sums + (panel * (end - begin) + token - begin) * kPanelRows);
+        }
+      }
+    }
+    for (int panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t n = slab * layout::kBlockRows + panel * kPanelRows;
+      for (int64_t token = begin; token < end; ++token) {
+        const float* row = sums + (panel * (end - begin) + token - begin) * kPanelRows;
+        const F low = Isa::load(row), high = Isa::load(row + kVector);
+        store_output<Isa>(p, first_token + token, n, Isa::low_halves(low, high));
+        store_output<Isa>(p, first_token + token, n + kVector, Isa::high_halves(low, high));
+      }
+    }
+    first_panel = slab * kTilePanels + panel_end;
+  }
+}
+
+template <class Isa>
+static void tile_gemm(const GemmProblem& p) {
+  const TilePlan plan = plan_tile(p);
+  float* x = static_cast<float*>(p.workspace);
+  char* buffers = static_cast<char*>(p.workspace) + plan.x_bytes;
+  const int64_t panels = layout::ceil_div(p.weight.n, kPanelRows);
+  const int parts = plan.row_parts * plan.token_parts;
+  with_kind<Isa>(p.weight, [&](auto kind) {
+    using Kind = decltype(kind);
+    for (int64_t first_token = 0; first_token < p.m; first_token += plan.tokens) {
+      const int64_t tokens = p.m - first_token < plan.tokens ? p.m - first_token : plan.tokens;
+#pragma omp parallel num_threads(p.threads)
+      {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < plan.tiles_k * tokens; ++i) {
+          pack_token<Isa>(p, first_token + i % tokens, i / tokens * kTileK, x + i * kTileK);
+        }
+#pragma omp for schedule(static, 1)
+        for (int part = 0; part < parts; ++part) {
+          const int64_t row_part = part / plan.token_parts;
+          const int64_t token_part = part % plan.token_parts;
+          float* tile = reinterpret_cast<float*>(buffers + part * (plan.tile_bytes + plan.sums_bytes));
+          multiply_tiles<Kind>(p, plan, panels * row_part / plan.row_parts, panels * (row_part + 1) / plan.row_parts,
+                               first_token, tokens, tokens * token_part / plan.token_parts,
+                               tokens * (token_part + 1) / plan.token_parts, x, tile,
+                               tile + plan.tile_bytes / sizeof(float));
+        }
+      }
+    }
+  });
+}
+
+template <class Isa>
+static size_t tile_workspace(const GemmProblem& p) {
+  const TilePlan plan = plan_tile(p);
+  return plan.x_bytes +
+         static_cast<size_t>(plan.row_parts * plan.token_parts) * (plan.tile_bytes + plan.sums_bytes);
+}
+
+template <class Isa>
+constexpr Instance make_tile_instance(const char* name) {
+  return {name, Device::kCpu, Family::kTile, &Isa::available, &tile_workspace<Isa>, &tile_gemm<Isa>, nullptr};
+}
+
+}  // namespace cutlass_ext::cpu

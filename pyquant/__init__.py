@@ -1,0 +1,19 @@
+"""Mixed-input GEMM: ``y = x @ dequant(W)^T + b`` with weights in 2 to 8 bits, dequantized inside the GEMM."""
+
+from . import functional, nn
+from ._version import __version__
+from .nn import quantize_model
+from .ops import linear
+from .quantize import quantize
+from .weight import PackedWeight, QuantizedWeight
+
+__all__ = [
+    "PackedWeight",
+    "QuantizedWeight",
+    "__version__",
+    "functional",
+    "linear",
+    "nn",
+    "quantize",
+    "quantize_model",
+]

@@ -1,0 +1,5 @@
+"""The command line: ``pyquant quantize | verify | info``."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,101 @@
+"""A model on disk: one safetensors file, or a folder with ``model.safetensors`` or shards and their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointError, Reader
+from ..weight import QuantizedWeight
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Model:
+    """The tensors of a model on disk, read one at a time. Use it in a ``with`` statement.
+
+    Attributes:
+        path: the file or folder.
+        shards: one reader for each file.
+        sharded: whether an index lists the shards.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a folder without a model.
+        CheckpointError: a file is damaged, or the index does not fit the shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sharded = False
+        with ExitStack() as files:
+            self.shards = [files.enter_context(Reader(shard)) for shard in self._shard_paths()]
+            self._reader = {name: shard for shard in self.shards for name in shard}
+            if self.sharded:
+                self._check_index()
+            self._files = files.pop_all()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._reader))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._reader
+
+    def __getitem__(self, name: str) -> torch.Tensor | QuantizedWeight:
+        """The tensor, checked where the file has checksums."""
+        return self._reader[name][name]
+
+    def is_quantized(self, name: str) -> bool:
+        return self._reader[name].is_quantized(name)
+
+    def peek(self, name: str) -> torch.Tensor:
+        """The tensor (no quantized weight) for its shape and dtype; its data is not read."""
+        return self._reader[name].peek(name)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the safetensors files."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+    def _shard_paths(self) -> list[Path]:
+        if not self.path.is_dir():
+            return [self.path]
+        if (self.path / SINGLE_FILE).exists():
+            return [self.path / SINGLE_FILE]
+        index = self.path / INDEX_FILE
+        if not index.exists():
+            raise FileNotFoundError(f"{self.path}: expected {SINGLE_FILE} or {INDEX_FILE} in the folder")
+        self.sharded = True
+        self._weight_map = _read_weight_map(index)
+        return [self.path / name for name in sorted(set(self._weight_map.values()))]
+
+    def _check_index(self) -> None:
+        stored = {name: shard.path.name for shard in self.shards for name in shard.stored_names}
+        if stored != self._weight_map or len(stored) != sum(len(s.stored_names) for s in self.shards):
+            differing = sorted({n for n, _ in stored.items() ^ self._weight_map.items()})
+            raise CheckpointError(
+                f"{self.path / INDEX_FILE}: does not fit the shards: {', '.join(differing[:3]) or 'double names'}"
+            )
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: no valid index of shards: {error}") from error
+    for name in names:
+        # A shard lies beside its index: a path that leads elsewhere is damage, or worse.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: expected file names, got {name!r}")
+    return dict(weight_map)

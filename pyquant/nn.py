@@ -1,0 +1,160 @@
+"""``QuantLinear``, and the conversion of a model's linear layers."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops import linear, op_arguments
+from .quantize import quantize
+from .weight import PackedWeight, QuantizedWeight
+
+_PREFIX = "weight."
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a packed weight: ``y = x @ dequant(weight)^T + bias``.
+
+    Made by :meth:`from_linear` or :meth:`from_quantized`. The packed tensors are buffers, so they follow ``.to(device)``;
+    ``.to(dtype)`` changes the bias only. ``state_dict`` holds the canonical weight (``QuantizedWeight.state_dict`` under
+    ``weight.``) and the bias; ``load_state_dict`` takes the same, of any format and group size.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._set_weight(weight)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear, format: str = "nf4", **arguments: Any) -> QuantLinear:
+        """Quantize ``module``'s weight; ``arguments`` are those of :func:`pyquant.quantize`."""
+        weight = quantize(module.weight.detach(), format, **arguments)
+        return cls.from_quantized(weight, None if module.bias is None else module.bias.detach().clone())
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
+        """A layer of a canonical weight."""
+        return cls(weight.pack(), bias)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The packed weight."""
+        return PackedWeight(*self._spec, **{name: getattr(self, "_" + name) for name in self._names})
+
+    @property
+    def in_features(self) -> int:
+        return self._spec[2]
+
+    @property
+    def out_features(self) -> int:
+        return self._spec[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight!r}, bias={self.bias is not None}"
+
+    def _set_weight(self, weight: PackedWeight) -> None:
+        w = weight
+        self._spec = (w.format, w.n, w.k, w.group_size, w.scale_type, w.zero_type)
+        self._names = tuple(w.tensors())
+        for name in [b for b in self._buffers if b.startswith("_")]:
+            del self._buffers[name]
+        for name, tensor in w.tensors().items():
+            self.register_buffer("_" + name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        # Scales and codebooks are part of the stored weight: .half() and .to(dtype) must not round them. As bytes
+        # they are left alone.
+        dtypes = {"_" + name: getattr(self, "_" + name).dtype for name in self._names}
+        shapes = {name: self._buffers[name].shape for name in dtypes}  # type: ignore[union-attr]
+        for name in dtypes:
+            self._buffers[name] = self._buffers[name].reshape(-1).view(torch.uint8)  # type: ignore[union-attr]
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            self._buffers[name] = self._buffers[name].view(dtype).view(shapes[name])  # type: ignore[union-attr]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self.weight.unpack().state_dict(prefix + _PREFIX))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = prefix + _PREFIX
+        canonical = {name: state_dict[name] for name in list(state_dict) if name.startswith(own)}
+        rest = {name: t for name, t in state_dict.items() if name not in canonical}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not canonical:
+            missing_keys.append(own + "quant_spec")
+            return
+        try:
+            weight = QuantizedWeight.from_state_dict(canonical, own)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if weight.shape != self.weight.shape:
+            error_msgs.append(
+                f"QuantLinear: {own}quant_spec: expected a weight of {list(self.weight.shape)}, "
+                f"got {list(weight.shape)}"
+            )
+            return
+        self._set_weight(weight.pack(self.weight.device))
+
+
+def quantize_model(
+    model: nn.Module,
+    format: str = "nf4",
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    **arguments: Any,
+) -> nn.Module:
+    """Replace the ``nn.Linear`` modules of ``model`` by :class:`QuantLinear`, in place.
+
+    Args:
+        model: any module; a bare ``nn.Linear`` is returned as a new module.
+        format: a name of ``pyquant.formats.FORMATS``.
+        include: glob patterns of module names to convert; empty for all.
+        exclude: glob patterns of module names to keep.
+        arguments: those of :func:`pyquant.quantize`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: when nothing matched, or as :func:`pyquant.quantize`.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+
+    def wanted(name: str) -> bool:
+        matches = [fnmatch.fnmatchcase(name, pattern) for pattern in include]
+        return (not include or any(matches)) and not any(fnmatch.fnmatchcase(name, p) for p in exclude)
+
+    if isinstance(model, nn.Linear):
+        return QuantLinear.from_linear(model, format, **arguments)
+    # A module that stands under two names is converted once and stays shared.
+    converted: dict[nn.Module, QuantLinear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Linear and wanted(name):
+            if module not in converted:
+                converted[module] = QuantLinear.from_linear(module, format, **arguments)
+            model.set_submodule(name, converted[module])
+    if not converted:
+        raise ValueError(f"quantize_model: no nn.Linear matches include={include}, exclude={exclude}")
+    return model
