@@ -30,8 +30,11 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-sanitize: $(VENV)/.test
-	$(BIN)/python tests/cpp/sanitize.py
+sanitize: $(VENV)/.tools
+	PYQUANT_CUDA=off $(BIN)/cmake -S cutlass_ext -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCX_SANITIZE=ON -DCX_TESTS=ON -DCX_TORCH=OFF
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/contract_test
 
 bench: $(VENV)/.build
 	$(BIN)/python -m pyquant bench

@@ -1,16 +1,16 @@
 """Checkpoint files: safetensors that hold quantized weights beside ordinary tensors.
 
-A quantized weight called ``<p>.weight`` is stored as the tensors ``<p>.weight.codes``, ``<p>.weight.scales``, .. of
-:meth:`QuantizedWeight.state_dict`, so any safetensors reader can open the file. The header's metadata entry
-``pyquant`` is a JSON object:
+A quantized weight called ``<p>.weight`` is stored as the tensors ``<p>.weight.codes``,
+``<p>.weight.scales``, .. of :meth:`QuantizedWeight.state_dict`, so any safetensors reader can open the
+file. The header's metadata entry ``pyquant`` is a JSON object:
 
 * ``version``: 1.
-* ``layers``: settings of each quantized weight, for people and tools; :func:`load` reads ``quant_spec`` instead.
+* ``layers``: settings of each quantized weight, for people and tools; :func:`load` reads ``quant_spec``.
 * ``crc32``: zlib's CRC-32 of every tensor's bytes.
-* ``header_crc32``: CRC-32 of names, dtypes, shapes and all metadata, so that a changed header is seen as well.
+* ``header_crc32``: CRC-32 of names, dtypes, shapes and all metadata, so that a changed header is seen too.
 
-Files of equal content are equal byte for byte. Files without the entry (a ``state_dict`` saved by other means)
-are read too, unchecked.
+Files of equal content are equal byte for byte. Files without the entry (a ``state_dict`` saved by other
+means) are read too, unchecked.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ class CheckpointError(ValueError):
 
 
 class Reader:
-    """A checkpoint opened for reading one tensor at a time; a mapping of names to tensors and quantized weights.
+    """A checkpoint opened for reading one tensor at a time: names to tensors and quantized weights.
 
-    Tensors are mapped from the file, not copied: only what is used is read. Every tensor is checked against its
-    CRC-32 when it is asked for.
+    Tensors are mapped from the file, not copied: only what is used is read. Every tensor is checked against
+    its CRC-32 when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged or no safetensors file; at ``reader[name]`` for the data of a tensor.
+        CheckpointError: the file is damaged or no safetensors file; damaged data of a tensor is found by
+            ``reader[name]``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -80,12 +81,13 @@ class Reader:
             self.stored_names: tuple[str, ...] = tuple(self._file.keys())
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: no valid safetensors file, or a truncated one: {error}") from error
+            raise CheckpointError(f"{self.path}: no safetensors file, or a truncated one: {error}") from error
         self._crc32 = self._check_header()
         self._quantized = {name.removesuffix(_SPEC) for name in self.stored_names if name.endswith(_SPEC)}
         stored = set(self.stored_names)
         self._parts = {
-            name: [part for part in (f"{name}.{p}" for p in _PARTS) if part in stored] for name in self._quantized
+            name: [part for part in (f"{name}.{p}" for p in _PARTS) if part in stored]
+            for name in self._quantized
         }
         for name in self._quantized & stored:
             raise CheckpointError(f"{self.path}: {name} is both a tensor and a quantized weight")
@@ -179,7 +181,9 @@ class Reader:
         try:
             info = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is damaged: metadata {METADATA_KEY!r}: {error}") from error
+            raise CheckpointError(
+                f"{self.path}: the header is damaged: metadata {METADATA_KEY!r}: {error}"
+            ) from error
         if not isinstance(info, dict) or not isinstance(info.get("crc32"), dict):
             raise damaged
         if info.get("version") != FILE_VERSION:
@@ -188,19 +192,22 @@ class Reader:
         slices = {name: self._file.get_slice(name) for name in self.stored_names}
         layout = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
         metadata = {key: value for key, value in self.metadata.items() if key != METADATA_KEY}
-        if info.pop("header_crc32", None) != _header_crc32(layout, metadata, info) or info["crc32"].keys() != set(
-            self.stored_names
-        ):
+        if info.pop("header_crc32", None) != _header_crc32(layout, metadata, info):
+            raise damaged
+        if info["crc32"].keys() != set(self.stored_names):
             raise damaged
         crc32: dict[str, int] = info["crc32"]
         return crc32
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | QuantizedWeight]:
-    """All tensors and quantized weights of a file, checked, on the CPU; quantized weights under ``<p>.weight``.
+    """All tensors and quantized weights of a file, checked, on the CPU.
 
-    Tensors are mapped from the file: do not change the file in place while they are in use (:func:`save` replaces
-    it, which is safe).
+    Tensors are mapped from the file: do not change the file in place while they are in use (:func:`save`
+    replaces it, which is safe).
+
+    Returns:
+        By name; a quantized weight stands under ``<p>.weight``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -217,8 +224,8 @@ def save(
 ) -> None:
     """Write tensors and quantized weights to a safetensors file.
 
-    The file is complete or not there: it is written under a temporary name in the same folder, flushed to the disk,
-    and renamed. An older file stays as it is until then.
+    The file is complete or not there: it is written under a temporary name in the same folder, flushed to the
+    disk, and renamed. An older file stays as it is until then.
 
     Args:
         path: the file; an existing one is replaced.
@@ -276,7 +283,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> dict[str, torch.Tensor]:
-    """Plain contiguous CPU tensors in file order: wide dtypes first, which keeps every tensor aligned, then names."""
+    """Contiguous CPU tensors in file order: wide dtypes first, which keeps tensors aligned, then names."""
     stored: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if isinstance(value, QuantizedWeight):
@@ -284,7 +291,9 @@ def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> di
         elif isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
             parts = {name: value}
         else:
-            raise TypeError(f"save: {name}: expected a dense tensor or a QuantizedWeight, got {type(value).__name__}")
+            raise TypeError(
+                f"save: {name}: expected a dense tensor or a QuantizedWeight, got {type(value).__name__}"
+            )
         for key, tensor in parts.items():
             if key in stored or (key != name and key in tensors) or key == "__metadata__":
                 raise ValueError(f"save: {name}: the name {key!r} is taken")
@@ -295,7 +304,7 @@ def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> di
 
 
 def _header(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    # Not safetensors.serialize_file: it orders metadata by a random hash, so equal content gives unequal files.
+    # Not safetensors.serialize_file: it orders metadata by a random hash, so files of equal content differ.
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, tensor in stored.items():
@@ -311,7 +320,7 @@ def _header(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 
 def _buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _crc32(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ struct ClientOptions {
   int m = 4;           // rows of x
   int requests = 100;  // per connection
   int connections = 1;
-  double tolerance = 1e-5;  // of ||y - reference|| / ||reference||
+  double tolerance = 1e-6;  // of ||y - reference|| / ||reference||
 };
 
 // Sends the requests, prints requests/s and the largest error, and returns whether all replies were right.

@@ -25,6 +25,22 @@ void append_utf8(std::string& out, uint32_t code_point) {
   }
 }
 
+// Bytes of the valid UTF-8 sequence that `text` starts with, or 0.
+size_t utf8_length(std::string_view text) {
+  const auto byte = [text](size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const unsigned lead = byte(0);
+  if (lead < 0x80) return 1;
+  const size_t length = lead >= 0xC2 && lead <= 0xDF ? 2 : lead >= 0xE0 && lead <= 0xEF ? 3 : lead >= 0xF0 ? 4 : 0;
+  // The second byte also rules out overlong forms, surrogates and numbers above 0x10FFFF.
+  const unsigned low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+  const unsigned high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+  if (length == 0 || lead > 0xF4 || byte(1) < low || byte(1) > high) return 0;
+  for (size_t i = 2; i < length; ++i) {
+    if (byte(i) < 0x80 || byte(i) > 0xBF) return 0;
+  }
+  return length;
+}
+
 }  // namespace
 
 void JsonCursor::fail(const std::string& expected) const {
@@ -109,12 +125,15 @@ std::string JsonCursor::string() {
   std::string out;
   while (true) {
     if (at_ == text_.size() || static_cast<unsigned char>(text_[at_]) < 0x20) fail("'\"'");
-    const char c = text_[at_++];
-    if (c == '"') return out;
-    if (c == '\\') {
+    const size_t length = utf8_length(text_.substr(at_));
+    if (length == 0) fail("UTF-8");
+    const std::string_view character = text_.substr(at_, length);
+    at_ += length;
+    if (character == "\"") return out;
+    if (character == "\\") {
       append_escape(out);
     } else {
-      out.push_back(c);
+      out += character;
     }
   }
 }

@@ -17,6 +17,7 @@ struct Isa {
     __m256i low, high;
   };
 
+  static constexpr bool kManyRegisters = false;
   // Tokens of a register tile: 3 x 4 accumulators, three broadcasts and one weight vector fill 16 registers.
   static constexpr int kTileTokens = 3;
 

@@ -18,6 +18,7 @@ struct Isa {
   using F = __m512;   // 16 fp32
   using I = __m512i;  // 16 words of 32 bits
 
+  static constexpr bool kManyRegisters = true;  // 16 sums and what they are made of
   // Tokens of a register tile: 14 x 2 accumulators, two weight vectors and one broadcast fill 31 of 32 registers.
   static constexpr int kTileTokens = 14;
 
@@ -67,7 +68,11 @@ struct Isa {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
 
-  static CX_INLINE I load_words(const void* p) { return _mm512_loadu_si512(p); }
+  static CX_INLINE I load_words(const void* p) {
+    I words = _mm512_loadu_si512(p);
+    asm("" : "+v"(words));  // stays in a register: the compiler would load again for each of the eight shifts
+    return words;
+  }
   static CX_INLINE I load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -16,6 +16,7 @@ struct Isa {
   typedef float F __attribute__((vector_size(64)));     // 16 fp32
   typedef uint32_t I __attribute__((vector_size(64)));  // 16 words of 32 bits
 
+  static constexpr bool kManyRegisters = false;
   // Tokens of a register tile: its two weight vectors are already half of 16 registers of 128 bits.
   static constexpr int kTileTokens = 1;
 

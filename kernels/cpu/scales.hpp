@@ -47,6 +47,8 @@ class SlabScales {
  public:
   explicit SlabScales(const Weight& w) : weight_(w) {
     if (size_of(w.scale_type) == 1) byte_values_ = byte_scale_values<Isa>(w, byte_buffer_);
+    // Groups shorter than K are powers of two. A division here would take as long as the products of a row pair.
+    group_shift_ = w.group_size >= w.k ? 62 : __builtin_ctzll(static_cast<uint64_t>(w.group_size));
     step_offset_[0] = 0;
     for (int step = 1; step < layout::kSteps; ++step) {
       step_offset_[step] =
@@ -142,9 +144,7 @@ class SlabScales {
   }
 
  private:
-  CX_INLINE int64_t first_group(int64_t block) const {
-    return weight_.group_size >= weight_.k ? 0 : block * layout::kBlockK / weight_.group_size;
-  }
+  CX_INLINE int64_t first_group(int64_t block) const { return block * layout::kBlockK >> group_shift_; }
   CX_INLINE int64_t group_offset(int64_t block) const {
     return (first_group(block) - first_group_) * layout::kBlockRows;
   }
@@ -199,6 +199,7 @@ class SlabScales {
   int64_t slab_ = 0;
   int64_t first_group_ = 0;
   int64_t nested_end_ = -1;
+  int group_shift_;
   int step_offset_[layout::kSteps];
   const float* byte_values_ = nullptr;
   ByteScales byte_buffer_;

@@ -141,7 +141,7 @@ static void stream_atoms(const GemmProblem& p, const StreamPlan<typename Kind::I
       for (int atom = begin; atom < end; ++atom) {
         const uint8_t* atom_codes = codes + (block * layout::kAtomsPerBlock + atom) * kAtomBytes;
         float* total = totals + (atom - begin) * atom_sums;
-        if constexpr (Kind::kGroups != Groups::kFlat) {
+        if constexpr (Isa::kManyRegisters && Kind::kGroups != Groups::kFlat) {
           if (tokens == 1) {
             stream_one_token<Kind>(decoder, scales, atom_codes, block, block_end, atom, x, total);
             continue;

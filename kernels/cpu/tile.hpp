@@ -15,12 +15,24 @@ namespace cutlass_ext::cpu {
 
 constexpr int kPanelRows = 2 * layout::kAtomRows;
 // K of a tile. The rounding error of a sum over a tile grows with its square root; a panel is 32 KB.
-constexpr int kTileK = 256;
+constexpr int kTileK = 128;
 constexpr int kTileBlocks = kTileK / layout::kBlockK;
 static_assert(kTileBlocks <= kRunBlocks, "one run of scales covers a tile");
 // Panels that are decoded before x is read: a tile of 64 KB in the L2 cache. x is read once per tile.
 constexpr int kTilePanels = 2;
 static_assert(kTilePanels * kPanelRows == layout::kBlockRows, "a tile lies in one slab");
+
+// Tokens shared out to register tiles of nearly equal size: one of 14 and one of 2 tokens would leave the second one
+// waiting for its additions.
+struct TokenGroups {
+  int64_t tokens;
+  int64_t count;
+
+  static constexpr TokenGroups of(int64_t tokens, int tile_tokens) {
+    return {tokens, layout::ceil_div(tokens, tile_tokens)};
+  }
+  constexpr int64_t begin(int64_t group) const { return tokens * group / count; }
+};
 
 struct TilePlan {
   int64_t blocks;
@@ -33,7 +45,8 @@ struct TilePlan {
   size_t sums_bytes;  // of a thread
 };
 
-static inline TilePlan plan_tile(const GemmProblem& p) {
+template <class Isa>
+static TilePlan plan_tile(const GemmProblem& p) {
   TilePlan plan;
   plan.blocks = layout::blocks_along_k(p.weight.k);
   plan.tiles_k = layout::ceil_div(plan.blocks, kTileBlocks);
@@ -46,21 +59,33 @@ static inline TilePlan plan_tile(const GemmProblem& p) {
   while (plan.tokens > 1 && plan.tokens * row_bytes > 2 * kMaxBytes) plan.tokens /= 2;
   const int64_t panels = layout::ceil_div(p.weight.n, kPanelRows);
   plan.token_parts = panels >= p.threads ? 1 : static_cast<int>(p.threads / panels);
-  if (plan.token_parts > plan.tokens) plan.token_parts = static_cast<int>(plan.tokens);
+  const int64_t groups = layout::ceil_div(plan.tokens, Isa::kTileTokens);
+  if (plan.token_parts > groups) plan.token_parts = static_cast<int>(groups);
   plan.row_parts = p.threads / plan.token_parts;
   plan.x_bytes = static_cast<size_t>(plan.tokens * row_bytes);
   plan.tile_bytes = sizeof(float) * kTileK * layout::kBlockRows;
-  plan.sums_bytes = sizeof(float) * static_cast<size_t>(layout::ceil_div(plan.tokens, plan.token_parts)) *
-                    layout::kBlockRows;
+  plan.sums_bytes = sizeof(float) * layout::kBlockRows * Isa::kTileTokens *
+                    static_cast<size_t>(layout::ceil_div(groups, plan.token_parts));
   return plan;
 }
 
-// One k tile of one token: [kTileK] fp32, zeros beyond K.
+// One k tile of a register tile's tokens: [kTileK][count] fp32, zeros beyond K. The products then read one stream.
 template <class Isa>
-static void pack_token(const GemmProblem& p, int64_t token, int64_t first_k, float* out) {
+static void pack_tokens(const GemmProblem& p, int64_t token, int64_t count, int64_t first_k, float* out) {
+  static_assert(Isa::kTileTokens <= kVector, "the tokens of a register tile fit into a vector");
   for (int i = 0; i < kTileK; i += kVector) {
     const int64_t left = p.weight.k - first_k - i;
-    Isa::store(out + i, left > 0 ? load_values<Isa>(p.x, token * p.ldx + first_k + i, p.dtype, left) : Isa::zero());
+    alignas(64) float rows[kVector][kVector] = {};
+    if (left > 0) {
+      for (int64_t t = 0; t < count; ++t) {
+        Isa::store(rows[t], load_values<Isa>(p.x, (token + t) * p.ldx + first_k + i, p.dtype, left));
+      }
+    }
+    typename Isa::I columns[kVector];
+    for (int j = 0; j < kVector; ++j) columns[j] = Isa::load_words(rows[j]);
+    Isa::transpose(columns);
+    memcpy(rows, columns, sizeof rows);
+    for (int j = 0; j < kVector; ++j) memcpy(out + (i + j) * count, rows[j], static_cast<size_t>(count) * sizeof(float));
   }
 }
 
@@ -140,7 +165,7 @@ static void decode_flat_panel(const typename Kind::Codes& decoder, const typenam
   }
 }
 
-// sums[kTokens][32] (+)= x[kTokens][depth] . panel[depth][32]. Tokens of x are kTileK apart.
+// sums[kTokens][32] (+)= x[depth][kTokens]^T . panel[depth][32].
 template <class Isa, int kTokens>
 static void multiply_panel(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
   using F = typename Isa::F;
@@ -153,7 +178,7 @@ static void multiply_panel(const float* x, const float* panel, int64_t depth, bo
     const F high = Isa::load(panel + k * kPanelRows + kVector);
 #pragma GCC unroll 16
     for (int token = 0; token < kTokens; ++token) {
-      const F value = Isa::set1(x[token * kTileK + k]);
+      const F value = Isa::set1(x[k * kTokens + token]);
       acc[token][0] = Isa::fma(value, low, acc[token][0]);
       acc[token][1] = Isa::fma(value, high, acc[token][1]);
     }
@@ -179,16 +204,16 @@ static CX_INLINE void multiply_panel(int64_t tokens, const float* x, const float
 // Panels [first_panel, last_panel) for tokens [begin, end) of the packed x.
 template <class Kind>
 static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t first_panel, int64_t last_panel,
-                           int64_t first_token, int64_t tokens, int64_t begin, int64_t end, const float* x, float* tile,
-                           float* sums) {
+                           int64_t first_token, const TokenGroups& groups, int64_t first_group, int64_t last_group,
+                           const float* x, float* tile, float* sums) {
   using Isa = typename Kind::Isa;
   using F = typename Isa::F;
   constexpr int kAtomsPerPanel = kPanelRows / layout::kAtomRows;
   const typename Kind::Codes decoder(p.weight.codebook, p.weight.bias);
   typename Kind::Scales scales(p.weight);
-  // Register tiles of equal size: 14, 14, 14, 14, 8 tokens would leave the last one waiting for its additions.
-  const int64_t groups = layout::ceil_div(end - begin, Isa::kTileTokens);
-  while (first_panel < last_panel && groups > 0) {
+  const int64_t begin = groups.begin(first_group);
+  const int64_t end = groups.begin(last_group);
+  while (first_panel < last_panel && begin < end) {
     const int64_t slab = first_panel / kTilePanels;
     const int panel_begin = static_cast<int>(first_panel - slab * kTilePanels);
     const int panel_end =
@@ -211,11 +236,10 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
           }
         }
       }
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t token = begin + (end - begin) * group / groups;
-        const int64_t count = begin + (end - begin) * (group + 1) / groups - token;
-        for (int panel = panel_begin; panel < panel_end; ++panel) {
-          multiply_panel<Isa>(count, x + (tile_k * tokens + token) * kTileK, tile + panel * kTileK * kPanelRows,
+      for (int panel = panel_begin; panel < panel_end; ++panel) {
+        for (int64_t group = first_group; group < last_group; ++group) {
+          const int64_t token = groups.begin(group);
+          multiply_panel<Isa>(groups.begin(group + 1) - token, x + (tile_k * groups.tokens + token) * kTileK, tile + panel * kTileK * kPanelRows,
                               (block_end - block_begin) * layout::kBlockK, tile_k == 0,
                               sums + (panel * (end - begin) + token - begin) * kPanelRows);
         }
@@ -236,7 +260,7 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
 
 template <class Isa>
 static void tile_gemm(const GemmProblem& p) {
-  const TilePlan plan = plan_tile(p);
+  const TilePlan plan = plan_tile<Isa>(p);
   float* x = static_cast<float*>(p.workspace);
   char* buffers = static_cast<char*>(p.workspace) + plan.x_bytes;
   const int64_t panels = layout::ceil_div(p.weight.n, kPanelRows);
@@ -245,11 +269,15 @@ static void tile_gemm(const GemmProblem& p) {
     using Kind = decltype(kind);
     for (int64_t first_token = 0; first_token < p.m; first_token += plan.tokens) {
       const int64_t tokens = p.m - first_token < plan.tokens ? p.m - first_token : plan.tokens;
+      const TokenGroups groups = TokenGroups::of(tokens, Isa::kTileTokens);
 #pragma omp parallel num_threads(p.threads)
       {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < plan.tiles_k * tokens; ++i) {
-          pack_token<Isa>(p, first_token + i % tokens, i / tokens * kTileK, x + i * kTileK);
+        for (int64_t i = 0; i < plan.tiles_k * groups.count; ++i) {
+          const int64_t tile_k = i / groups.count;
+          const int64_t token = groups.begin(i % groups.count);
+          pack_tokens<Isa>(p, first_token + token, groups.begin(i % groups.count + 1) - token, tile_k * kTileK,
+                           x + (tile_k * tokens + token) * kTileK);
         }
 #pragma omp for schedule(static, 1)
         for (int part = 0; part < parts; ++part) {
@@ -257,8 +285,8 @@ static void tile_gemm(const GemmProblem& p) {
           const int64_t token_part = part % plan.token_parts;
           float* tile = reinterpret_cast<float*>(buffers + part * (plan.tile_bytes + plan.sums_bytes));
           multiply_tiles<Kind>(p, plan, panels * row_part / plan.row_parts, panels * (row_part + 1) / plan.row_parts,
-                               first_token, tokens, tokens * token_part / plan.token_parts,
-                               tokens * (token_part + 1) / plan.token_parts, x, tile,
+                               first_token, groups, groups.count * token_part / plan.token_parts,
+                               groups.count * (token_part + 1) / plan.token_parts, x, tile,
                                tile + plan.tile_bytes / sizeof(float));
         }
       }
@@ -268,7 +296,7 @@ static void tile_gemm(const GemmProblem& p) {
 
 template <class Isa>
 static size_t tile_workspace(const GemmProblem& p) {
-  const TilePlan plan = plan_tile(p);
+  const TilePlan plan = plan_tile<Isa>(p);
   return plan.x_bytes +
          static_cast<size_t>(plan.row_parts * plan.token_parts) * (plan.tile_bytes + plan.sums_bytes);
 }

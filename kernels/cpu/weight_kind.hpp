@@ -39,9 +39,10 @@ struct WeightKind {
     });
   }
 
-  static constexpr int scale_position(int atom, int g, int row) {
-    return layout::scale_position(atom * layout::kAtomRows + g + 8 * row);
-  }
+  // layout::scale_position of row g + 8 * row of an atom, in a form that is an offset to a constant.
+  static constexpr int scale_position(int atom, int g, int row) { return g * 8 + row + atom * 2; }
+  static_assert(layout::scale_position(0) == 0 && layout::scale_position(1) == 8 && layout::scale_position(8) == 1 &&
+                layout::scale_position(layout::kAtomRows) == 2);
 };
 
 // body(kind) with the kind of a weight.

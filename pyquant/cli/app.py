@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from .bench import bench
 from .info import info
 from .quantize import quantize
 from .verify import verify
@@ -51,5 +52,5 @@ def main() -> None:
     """
 
 
-for _command in (quantize, verify, info):
+for _command in (quantize, verify, bench, info):
     main.add_command(_command)

@@ -25,11 +25,11 @@ def info(file: Path | None, as_json: bool) -> None:
 
     All of FILE is read, so checksums are checked and damage is found.
 
-    --json prints, without FILE: pyquant, torch, python, cpu (threads), cuda (device, or why there is none), library
-    (how it was built), instances (name, device, available), formats (name, bits, encoding, scale_types, zero_types,
-    group_sizes, group_size, source; no group_sizes: any power of two from 16 up, or K). With FILE: file, checked
-    (whether there are checksums), bytes, layers (name, format, shape, group_size, scale_type, zero_type, bytes,
-    bits_per_weight), tensors (name, dtype, shape, bytes).
+    --json prints, without FILE: pyquant, torch, python, cpu (threads, cores), cuda (device, or why there is
+    none), library (how it was built), instances (name, device, available), formats (name, bits, encoding,
+    scale_types, zero_types, group_sizes, group_size, source; without group_sizes: any power of two from 16
+    up, or K). With FILE: file, checked (whether there are checksums), bytes, layers (name, format, shape,
+    group_size, scale_type, zero_type, bytes, bits_per_weight), tensors (name, dtype, shape, bytes).
 
     \b
     Examples:

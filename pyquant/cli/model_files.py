@@ -83,9 +83,8 @@ class Model:
         stored = {name: shard.path.name for shard in self.shards for name in shard.stored_names}
         if stored != self._weight_map or len(stored) != sum(len(s.stored_names) for s in self.shards):
             differing = sorted({n for n, _ in stored.items() ^ self._weight_map.items()})
-            raise CheckpointError(
-                f"{self.path / INDEX_FILE}: does not fit the shards: {', '.join(differing[:3]) or 'double names'}"
-            )
+            reason = ", ".join(differing[:3]) or "a name is in two shards"
+            raise CheckpointError(f"{self.path / INDEX_FILE}: does not fit the shards: {reason}")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

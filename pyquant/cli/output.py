@@ -30,8 +30,10 @@ def _finite(value: object) -> object:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right. On a terminal long names are folded;
-    in a pipe lines are as long as they need to be, so that other programs can read them."""
+    """A table on stdout: the first column to the left, the others to the right.
+
+    On a terminal long names are folded; in a pipe lines are as long as they need to be, for other programs.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
@@ -53,10 +55,7 @@ def progress(items: Sequence[T], description: str) -> Iterator[T]:
 
 def size(nbytes: float) -> str:
     """Bytes for people, in powers of 1000: ``12.3 MB``."""
-    if nbytes < 1000:
-        return f"{nbytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        nbytes /= 1000
-        if nbytes < 1000:
-            break
-    return f"{nbytes:.1f} {unit}"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} B"

@@ -25,20 +25,22 @@ from .selection import DEFAULT_EXCLUDES, Selection
 
 # Formats without a codebook of their own need values that the command line does not carry.
 _FORMATS = [name for name, row in FORMATS.items() if not row.needs_codebook]
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot")
+# Weights in other forms, which a quantized model folder does not repeat.
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack")
 
 _HELP = f"""Quantize the linear layers of a checkpoint.
 
-    IN is a .safetensors file, or a model folder with model.safetensors or shards and their index. OUT is a file or a
-    folder accordingly; a folder also gets the other files of the model (config, tokenizer), and keeps the shards.
+    IN is a .safetensors file, or a model folder with model.safetensors or shards and their index. OUT is a
+    file or a folder accordingly; a folder also gets the other files of the model (config, tokenizer), and
+    keeps the shards.
 
-    Quantized are 2-D fp32, fp16 or bf16 tensors called *.weight, except those whose names look like embeddings,
-    norms or the output head ({", ".join(DEFAULT_EXCLUDES)}). --include replaces this default by the globs given;
-    --exclude always wins. All other tensors are copied as they are.
+    Quantized are 2-D fp32, fp16 or bf16 tensors called *.weight, except those whose names look like
+    embeddings, norms or the output head ({", ".join(DEFAULT_EXCLUDES)}). --include replaces this default by
+    the globs given; --exclude always wins. All other tensors are copied as they are.
 
-    OUT is complete or not written at all. --json prints: input, output, format, dry_run, layers (name, shape, bytes,
-    quantized_bytes, bits_per_weight), copied (number of tensors), bytes and quantized_bytes (of the safetensors files).
-    A dry run has null where it would need to quantize.
+    OUT is complete or not written at all. --json prints: input, output, format, dry_run, layers (name,
+    shape, bytes, quantized_bytes, bits_per_weight), copied (number of tensors), bytes and quantized_bytes
+    (of the safetensors files). A dry run has null where it would need to quantize.
 
     \b
     Examples:
@@ -71,14 +73,14 @@ def _lower(kind: type[ScaleType] | type[ZeroType]) -> list[str]:
 @click.argument("source", metavar="IN", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--format", "format_name", type=click.Choice(_FORMATS), default="nf4", show_default=True)
-@click.option("--group-size", type=int, help="Consecutive k that share a scale; -1: K.  [default: the format's]")
+@click.option("--group-size", type=int, help="Consecutive k that share a scale; -1: K [default: by format].")
 @click.option("--nested", is_flag=True, help="Store absmax in 8 bits (double quantization).")
 @click.option("--scale-type", type=click.Choice(_lower(ScaleType)), help="How scales are stored.")
 @click.option("--zero-type", type=click.Choice(_lower(ZeroType)), help="Zero points, for unsigned formats.")
 @click.option("--method", type=click.Choice(["rtn", "hqq"]), default="rtn", show_default=True,
               help="rtn: round to nearest; hqq: also fit float zeros.")  # fmt: skip
-@click.option("--include", metavar="GLOB", multiple=True, help="Quantize only tensors that match; repeatable.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Keep tensors that match; repeatable.")
+@click.option("--include", metavar="GLOB", multiple=True, help="Quantize only matching tensors; repeatable.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Keep matching tensors; repeatable.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--dry-run", is_flag=True, help="Only show which tensors would be quantized.")
@@ -113,7 +115,9 @@ def quantize(
         selection = Selection(include, exclude)
         weights = {name: model.peek(name) for name in model}
         layers = {
-            name: _Layer(name, list(w.shape), w.nbytes) for name, w in weights.items() if selection.picks(name, w)
+            name: _Layer(name, list(w.shape), w.nbytes)
+            for name, w in weights.items()
+            if selection.picks(name, w)
         }
         if not layers:
             raise ValueError(f"{source}: no tensor to quantize among {len(weights)}")
@@ -152,7 +156,8 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if target.exists() and target.resolve() == source.resolve():
         raise click.UsageError("OUT: is the same as IN")
     if target.exists() and target.is_dir() != source.is_dir():
-        raise click.UsageError(f"OUT: {target}: expected a {'folder' if source.is_dir() else 'file'}, as IN is one")
+        kind = "folder" if source.is_dir() else "file"
+        raise click.UsageError(f"OUT: {target}: expected a {kind}, as IN is one")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise click.UsageError(f"OUT: {target}: exists; use --overwrite to replace it")
     if source.is_dir() and source.resolve() in target.resolve().parents:
@@ -161,7 +166,9 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise click.UsageError(f"OUT: {target.parent}: no such folder")
 
 
-def _quantize_layer(arguments: dict[str, Any], device: str, name: str, weight: torch.Tensor) -> QuantizedWeight:
+def _quantize_layer(
+    arguments: dict[str, Any], device: str, name: str, weight: torch.Tensor
+) -> QuantizedWeight:
     try:
         quantized: QuantizedWeight = quantize_weight(weight.to(device), **arguments).to("cpu")
     except ValueError as error:
@@ -195,7 +202,9 @@ def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer
     return sum((target / shard.path.name).stat().st_size for shard in model.shards)
 
 
-def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> None:
+def _write_shard(
+    shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer
+) -> None:
     # Copied tensors are mapped from the source; only the quantized ones are held in memory.
     tensors: dict[str, torch.Tensor | QuantizedWeight] = {name: shard.peek(name) for name in shard}
     for name in output.progress([name for name in shard if name in layers], f"Quantizing {shard.path.name}"):
@@ -216,7 +225,9 @@ def _move_folder(staging: Path, target: Path) -> None:
     files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.name == INDEX_FILE, f))
     stale = {f.name for f in target.glob("*.safetensors*")} - {f.name for f in files}
     if stale:
-        raise ValueError(f"{target}: holds weights that are not part of the output: {', '.join(sorted(stale))}")
+        raise ValueError(
+            f"{target}: holds weights that are not part of the output: {', '.join(sorted(stale))}"
+        )
     for file in files:
         place = target / file.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)

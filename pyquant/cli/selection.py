@@ -16,16 +16,20 @@ class Selection:
     """2-D ``*.weight`` tensors of fp32, fp16 or bf16 that match an ``include`` glob and no ``exclude`` glob.
 
     A checkpoint does not say which tensors belong to linear layers, so names must: without ``include``,
-    ``DEFAULT_EXCLUDES`` (in lower case) keep embeddings, norms and the output head as they are. Globs are matched
-    against full names, such as ``encoder.layer.0.*``.
-    """
+    ``DEFAULT_EXCLUDES`` (in lower case) keep embeddings, norms and the output head as they are. Globs are
+    matched against full names, such as ``encoder.layer.0.*``."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def picks(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether the tensor is to be quantized."""
-        if not name.endswith(".weight") or tensor.dim() != 2 or tensor.dtype not in _DTYPES or tensor.numel() == 0:
+        if (
+            not name.endswith(".weight")
+            or tensor.dim() != 2
+            or tensor.dtype not in _DTYPES
+            or tensor.numel() == 0
+        ):
             return False
         if any(fnmatchcase(name, glob) for glob in self.exclude):
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -55,15 +56,16 @@ class _Layer:
 def verify(quantized: Path, original: Path, min_sqnr: float | None, as_json: bool) -> None:
     """Compare every layer of a quantized checkpoint with the original, both files or both folders.
 
-    Reported per layer: SQNR (dB; 10 log10 of sum w^2 over sum of squared errors), largest absolute error, relative
-    error (norms), bits per weight. Checksums are checked on the way, and tensors that were copied must be equal.
+    Reported per layer: SQNR (dB; 10 log10 of sum w^2 over sum of squared errors), largest absolute error,
+    relative error (norms), bits per weight. Checksums are checked on the way, and tensors that were copied
+    must be equal.
 
     Exit code 1 when a tensor is missing on either side, shapes differ, a copied tensor differs, a checksum is
     wrong, or a layer's SQNR is below --min-sqnr.
 
-    --json prints: quantized, original, ok, problems (lines), layers (name, format, shape, sqnr_db, max_abs_error,
-    relative_error, bits_per_weight), total (the same over all layers, and copied: tensors equal to the original's).
-    Numbers that are not finite are null: sqnr_db of a layer without error.
+    --json prints: quantized, original, ok, problems (lines), layers (name, format, shape, sqnr_db,
+    max_abs_error, relative_error, bits_per_weight), total (the same over all layers, and copied: tensors
+    equal to the original's). Numbers that are not finite are null: sqnr_db of a layer without error.
 
     \b
     Examples:
@@ -104,7 +106,7 @@ def verify(quantized: Path, original: Path, min_sqnr: float | None, as_json: boo
     if not layers:
         problems.append("no layer could be compared")
     total = _Energy(sum(e.signal for e in energies), sum(e.noise for e in energies))
-    report = {
+    report: dict[str, Any] = {
         "quantized": str(quantized),
         "original": str(original),
         "ok": not problems,
@@ -151,7 +153,7 @@ def _square_sum(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _print_report(layers: list[_Layer], total: _Energy, report: dict[str, dict[str, float]]) -> None:
+def _print_report(layers: list[_Layer], total: _Energy, report: dict[str, Any]) -> None:
     def db(value: float | None) -> str:
         return "exact" if value is None else f"{value:.2f}"
 

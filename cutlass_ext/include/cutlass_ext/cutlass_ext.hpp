@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cutlass_ext/cutlass_ext.h"
@@ -30,23 +31,18 @@ inline void check(cx_status status) {
   if (status != CX_OK) throw Error(status, cx_last_error());
 }
 
-struct Version {
-  int major, minor, patch;
-};
+// major * 10000 + minor * 100 + patch of the library that runs; CX_VERSION_* are those of this header.
+inline int32_t version() { return cx_version(); }
 
-// Of the library that runs; CX_VERSION_* are those of the header that was compiled.
-inline Version version() {
-  const int v = cx_version();
-  return {v / 10000, v / 100 % 100, v % 100};
-}
-
-// Throws if the library found at run time is not compatible with the header of compile time.
+// Throws if the library found at run time cannot serve the header of compile time.
 inline void check_version() {
-  const Version v = version();
-  if (v.major == CX_VERSION_MAJOR && (v.major > 0 || v.minor == CX_VERSION_MINOR)) return;
-  throw Error(CX_NOT_SUPPORTED, "check_version: library: expected version " + std::to_string(CX_VERSION_MAJOR) + "." +
-                                    std::to_string(CX_VERSION_MINOR) + ", got " + std::to_string(v.major) + "." +
-                                    std::to_string(v.minor));
+  constexpr int32_t kHeader = CX_VERSION_MAJOR * 10000 + CX_VERSION_MINOR * 100;
+  const int32_t v = version();
+  const bool compatible =
+      CX_VERSION_MAJOR > 0 ? v / 10000 == CX_VERSION_MAJOR && v >= kHeader : v / 100 == kHeader / 100;
+  if (compatible) return;
+  throw Error(CX_NOT_SUPPORTED, "check_version: library: expected one compatible with " + std::to_string(kHeader) +
+                                    ", got " + std::to_string(v));
 }
 
 // The weight formats; the index is the format's id.
@@ -155,15 +151,11 @@ class PackedWeight {
 
 namespace detail {
 
+// Not deduced: the output alone says the element type, so that braces, conversions and a null bias work in a call.
 template <typename T>
-struct Identity {
-  using type = T;
-};
-// The element type is deduced from the output alone, so that braces, conversions and a null bias work in a call.
+using ConstView = std::common_type_t<MatrixView<const T>>;
 template <typename T>
-using ConstView = typename Identity<MatrixView<const T>>::type;
-template <typename T>
-using ConstPointer = typename Identity<const T*>::type;
+using ConstPointer = std::common_type_t<const T*>;
 
 inline void check_extent(const char* function, const char* argument, int64_t expected, int64_t got) {
   if (expected == got) return;
@@ -183,20 +175,8 @@ cx_gemm_args gemm_args(const cx_weight& weight, MatrixView<const T> x, MatrixVie
   check_extent("gemm", "x: columns (K)", weight.k, x.cols);
   check_extent("gemm", "y: columns (N)", weight.n, y.cols);
   check_extent("gemm", "y: rows (M)", x.rows, y.rows);
-  cx_gemm_args args{};
-  args.weight = &weight;
-  args.dtype = options.dtype;
-  args.m = x.rows;
-  args.x = x.data;
-  args.ldx = x.ld;
-  args.y = y.data;
-  args.ldy = y.ld;
-  args.bias = bias;
-  args.device = options.device;
-  args.stream = options.stream;
-  args.instance = options.instance;
-  args.threads = options.threads;
-  return args;
+  return {&weight, options.dtype,  x.rows,         x.data,  x.ld, y.data,           y.ld,
+          bias,    options.device, options.stream, nullptr, 0,    options.instance, options.threads};
 }
 
 }  // namespace detail

@@ -1,0 +1,137 @@
+"""Measuring GEMMs on the CPU: who takes part, and how a time is taken.
+
+Protocol: every provider of a row runs on the same x and the same weights, in turns, so that a slow moment of the machine
+hits all of them; the figure is the median over the rounds. Cold weights: each call takes the next of several copies that
+together exceed the last-level cache, as in a model whose layers follow each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .ops import linear
+from .quantize import quantize
+from .weight import PackedWeight
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+# Together the copies of a cold weight hold at least this much: more than twice the last-level cache of current servers'
+# core groups. Counted on 4-bit weights; 16-bit copies hold four times as much.
+COLD_BYTES = 96 << 20
+INT4PACK_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One GEMM: y[M, N] = x[M, K] @ W[N, K]^T."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds per call of one provider on one problem."""
+
+    problem: Problem
+    provider: str
+    median: float
+    best: float
+
+
+def copies_for(problem: Problem, cold: bool) -> int:
+    """How many copies of the weight take part."""
+    return max(2, -(-COLD_BYTES // (problem.n * problem.k // 2))) if cold else 1
+
+
+def providers(problem: Problem, formats: Sequence[str], copies: int) -> dict[str, list[Call]]:
+    """Every provider's call on each copy of the weight.
+
+    ``F.linear`` reads the weight dequantized beforehand; ``dequantize + F.linear`` dequantizes in every call;
+    ``int4pack`` is torch's own CPU kernel for 4-bit weights.
+    """
+    w = torch.randn(problem.n, problem.k) * problem.k**-0.5
+    calls: dict[str, list[Call]] = {}
+    for name in formats:
+        base, _, option = name.partition("-")
+        packed = quantize(w, base, nested=option == "nested").pack()
+        weights = [packed.map_tensors(torch.clone) for _ in range(copies)]
+        calls[f"pyquant {name}"] = [lambda x, p=p: linear(x, p) for p in weights]
+        if base == formats[0].partition("-")[0] and not option:
+            calls["dequantize + F.linear"] = [_dequantized_call(p) for p in weights]
+            # 16-bit and 32-bit copies exceed the cache with fewer of them.
+            dense = [packed.dequantize(problem.dtype) for _ in range(max(1, copies // 4))]
+            calls["F.linear"] = [lambda x, d=d: F.linear(x, d) for d in dense]
+    int4pack = _int4pack_calls(problem, copies)
+    if int4pack:
+        calls["int4pack"] = int4pack
+    return calls
+
+
+def _dequantized_call(weight: PackedWeight) -> Call:
+    return lambda x: F.linear(x, weight.dequantize(x.dtype))
+
+
+def _int4pack_calls(problem: Problem, copies: int) -> list[Call]:
+    """``_weight_int4pack_mm_for_cpu`` on random codes; empty where its shapes do not allow it."""
+    if problem.n % 16 or problem.k % INT4PACK_GROUP:
+        return []
+    codes = torch.randint(0, 16, (problem.n, problem.k), dtype=torch.int32)
+    scales = torch.randn(problem.k // INT4PACK_GROUP, problem.n, 2).to(problem.dtype)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    weights = [packed.clone() for _ in range(copies)]
+    mm = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return [lambda x, w=w: mm(x, w, INT4PACK_GROUP, scales) for w in weights]
+
+
+def measure(
+    problem: Problem, formats: Sequence[str], *, cold: bool = True, seconds: float = 1.0
+) -> list[Measurement]:
+    """Time all providers on one problem, in turns, for about ``seconds`` each and at least 7 rounds."""
+    x = torch.randn(problem.m, problem.k).to(problem.dtype)
+    calls = providers(problem, formats, copies_for(problem, cold))
+    cycles = {name: itertools.cycle(list_of_calls) for name, list_of_calls in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for cycle in cycles.values():  # warm up: threads, workspaces
+        next(cycle)(x)
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+        for name, cycle in cycles.items():
+            call = next(cycle)
+            start = time.perf_counter()
+            call(x)
+            times[name].append(time.perf_counter() - start)
+    return [Measurement(problem, name, statistics.median(t), min(t)) for name, t in times.items()]
+
+
+def operator_overhead(calls: int = 20_000) -> tuple[float, float]:
+    """Seconds of a call on a 64 x 64 weight: through ``pyquant.linear``, and of ``F.linear`` for comparison.
+
+    The kernel's part of it is below 2 us, so the figure is the host's cost of a call.
+    """
+    weight = torch.randn(64, 64)
+    packed = quantize(weight, "nf4").pack()
+    x = torch.randn(1, 64)
+    figures = []
+    for call in (lambda: linear(x, packed), lambda: F.linear(x, weight)):
+        rounds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(calls // 5):
+                call()
+            rounds.append((time.perf_counter() - start) / (calls // 5))
+        figures.append(min(rounds))
+    return figures[0], figures[1]
