@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +75,8 @@ def test_scales_reach_the_extremes(variant: Variant) -> None:
     gaps = np.diff(np.sort(code_values(weight)))
     absmax = absmax_of_blocks(w, weight)[group_index(weight)]
     largest = np.abs(code_values(weight)).max()
+    if variant.format.encoding is Encoding.SIGNED:
+        largest -= variant.format.half_step  # absmax is this many steps
     error = (w.double() - exact_weight(weight)).abs().numpy()
     if variant.format.encoding is Encoding.UNSIGNED:
         step = exact_scales(weight)[group_index(weight)]
@@ -170,7 +171,8 @@ def test_dequantize_is_the_formats_meaning(variant: Variant) -> None:
         for group_size in variant.group_sizes(k):
             weight = random_weight(variant, 9, k, group_size)
             expected = exact_weight(weight)
-            slack = 4 * 2.0**-24 * np.abs(exact_scales(weight))[group_index(weight)] * 20
+            largest = np.abs(code_values(weight)).max() + (0 if weight.zeros is None else weight.zeros.abs().max())
+            slack = 4 * 2.0**-24 * np.abs(exact_scales(weight))[group_index(weight)] * float(largest)
             if variant.scale_type is ScaleType.NESTED:
                 slack = slack + 2.0**-22
             assert bool(((weight.dequantize().double() - expected).abs().numpy() <= slack).all())
@@ -413,13 +415,16 @@ def test_a_scale_that_does_not_fit() -> None:
 # ---- the canonical weight
 
 
-@each_variant
-def test_quantized_tensors_carry_no_graph(variant: Variant) -> None:
+def test_quantized_tensors_carry_no_graph() -> None:
     """Quantizing a parameter keeps neither its graph nor its memory."""
     w = torch.nn.Parameter(torch.randn(4, 64))
-    weight = quantize(w, variant.format.name, **variant.arguments())
-    assert [name for name, t in weight.tensors().items() if t.requires_grad] == []
-    assert all(t.data_ptr() != w.data_ptr() for t in weight.tensors().values())
+    assert VARIANTS
+    attached = []
+    for variant in VARIANTS:
+        weight = quantize(w, variant.format.name, **variant.arguments())
+        attached += [f"{variant}: {name}" for name, t in weight.tensors().items() if t.requires_grad]
+        assert all(t.data_ptr() != w.data_ptr() for t in weight.tensors().values())
+    assert attached == []
 
 
 @each_variant
@@ -537,4 +542,3 @@ def test_quantize_is_deterministic_and_leaves_the_weight_alone() -> None:
         first = quantize(w, variant.format.name, **variant.arguments())
         assert torch.equal(w, copy)
         assert same_weight(first, quantize(w, variant.format.name, **variant.arguments()))
-        assert first is not replace(first)

@@ -21,7 +21,7 @@ struct StreamPlan {
   int64_t blocks;
   int64_t tokens;  // handled in one pass over the weight
   size_t x_bytes;
-  size_t sums_bytes;  // of a thread: totals [4 atoms][tokens][16 rows][16], one run's sums [tokens][16][16]
+  size_t sums_bytes;  // of a thread: the totals of a slab's four atoms, then one run's sums of an atom
 
   explicit StreamPlan(const GemmProblem& p) : blocks(layout::blocks_along_k(p.weight.k)) {
     // 32 tokens: their sums of an atom, 1 KB each, fill the L1 cache. 8 MB of x: bounds the workspace for huge K.
@@ -47,6 +47,12 @@ static void pack_slots(const GemmProblem& p, int64_t token, int64_t block, float
   for (int slot = 0; slot < kSlots; ++slot) Isa::store(out + slot * kVector, slots[slot]);
 }
 
+// Sums of an atom are [g][token][row g, row g + 8][16]: the tokens of a row pair are one stream, so that a load never has
+// the low 12 address bits of a store just before it and waits for it.
+static constexpr int64_t sums_offset(int64_t tokens, int64_t token, int g, int row) {
+  return ((g * tokens + token) * 2 + row) * kVector;
+}
+
 // Adds one atom's products of a run of blocks to `total`, for one token. The 16 rows' sums stay in registers, and the
 // scale multiplies the sum over a block instead of every weight.
 template <class Kind>
@@ -56,7 +62,7 @@ static CX_INLINE void stream_one_token(const typename Kind::Codes& decoder, cons
   using Isa = typename Kind::Isa;
   using F = typename Isa::F;
   F sums[layout::kAtomRows];
-  for (int row = 0; row < layout::kAtomRows; ++row) sums[row] = Isa::load(total + row * kVector);
+  for (int i = 0; i < layout::kAtomRows; ++i) sums[i] = Isa::load(total + i * kVector);
   constexpr int64_t kBlockBytes = layout::kAtomsPerBlock * Kind::Codes::kAtomBytes;
   for (int64_t block = first; block < last; ++block, codes += kBlockBytes) {
     F slots[kSlots];
@@ -74,11 +80,11 @@ static CX_INLINE void stream_one_token(const typename Kind::Codes& decoder, cons
           if constexpr (Kind::kZeros) value = Isa::sub(value, scales.row_zero(block, position));
           sum = kSlot == 0 ? Isa::mul(value, slots[0]) : Isa::fma(value, slots[kSlot], sum);
         });
-        sums[g + 8 * kRow] = Isa::fma(sum, scales.row_scale(block, position), sums[g + 8 * kRow]);
+        sums[2 * g + kRow] = Isa::fma(sum, scales.row_scale(block, position), sums[2 * g + kRow]);
       });
     });
   }
-  for (int row = 0; row < layout::kAtomRows; ++row) Isa::store(total + row * kVector, sums[row]);
+  for (int i = 0; i < layout::kAtomRows; ++i) Isa::store(total + i * kVector, sums[i]);
 }
 
 // The same for any number of tokens: the weights of a row pair stay in registers, the sums in the L1 cache.
@@ -97,8 +103,8 @@ static CX_INLINE void stream_tokens(const typename Kind::Codes& decoder, const t
       F weights[2][kSlots];
       Kind::decode_rows(decoder, scales, codes, block, atom, g, weights);
       for (int64_t token = 0; token < tokens; ++token) {
-        float* low = sums + token * kAtomSums + g * kVector;
-        float* high = low + 8 * kVector;
+        float* low = sums + sums_offset(tokens, token, g, 0);
+        float* high = low + kVector;
         F low_sum = Isa::load(low);
         F high_sum = Isa::load(high);
         for (int slot = 0; slot < kSlots; ++slot) {
@@ -154,8 +160,10 @@ static void stream_atoms(const GemmProblem& p, const StreamPlan<typename Kind::I
     for (int atom = begin; atom < end; ++atom) {
       for (int64_t token = 0; token < tokens; ++token) {
         F rows[layout::kAtomRows];
-        const float* total = totals + (atom - begin) * atom_sums + token * layout::kAtomRows * kVector;
-        for (int row = 0; row < layout::kAtomRows; ++row) rows[row] = Isa::load(total + row * kVector);
+        const float* total = totals + (atom - begin) * atom_sums;
+        for (int row = 0; row < layout::kAtomRows; ++row) {
+          rows[row] = Isa::load(total + sums_offset(tokens, token, row % 8, row / 8));
+        }
         store_output<Isa>(p, first_token + token, (slab_atom + atom) * layout::kAtomRows, Isa::sums(rows));
       }
     }

@@ -15,7 +15,7 @@ namespace cutlass_ext::cpu {
 
 constexpr int kPanelRows = 2 * layout::kAtomRows;
 // K of a tile. The rounding error of a sum over a tile grows with its square root; a panel is 32 KB.
-constexpr int kTileK = 128;
+constexpr int kTileK = 256;
 constexpr int kTileBlocks = kTileK / layout::kBlockK;
 static_assert(kTileBlocks <= kRunBlocks, "one run of scales covers a tile");
 // Panels that are decoded before x is read: a tile of 64 KB in the L2 cache. x is read once per tile.
@@ -236,8 +236,8 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
           }
         }
       }
-      for (int panel = panel_begin; panel < panel_end; ++panel) {
-        for (int64_t group = first_group; group < last_group; ++group) {
+      for (int64_t group = first_group; group < last_group; ++group) {
+        for (int panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t token = groups.begin(group);
           multiply_panel<Isa>(groups.begin(group + 1) - token, x + (tile_k * groups.tokens + token) * kTileK, tile + panel * kTileK * kPanelRows,
                               (block_end - block_begin) * layout::kBlockK, tile_k == 0,
