@@ -54,7 +54,7 @@ CX_HOST_DEVICE static inline uint16_t float_to_fp16(float value) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // >= 65520 rounds to infinity
-  if (magnitude >= 0x38800000u) {                                             // >= 2^-14: normal
+  if (magnitude >= 0x38800000u) {                                              // >= 2^-14: normal
     const uint32_t rounded = magnitude + 0xFFFu + (magnitude >> 13 & 1u);
     return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
   }

@@ -73,7 +73,7 @@ def formats() -> list[dict[str, Any]]:
     for i in range(_library().cx_format_count()):
         info = _FormatInfo()
         _check(_library().cx_get_format(i, ctypes.byref(info)))
-        row = {name: getattr(info, name) for name, _ in _FormatInfo._fields_}
+        row = {field[0]: getattr(info, field[0]) for field in _FormatInfo._fields_}
         row["name"] = info.name.decode()
         row["codebook"] = info.codebook[: 1 << info.bits] if info.codebook else None
         rows.append(row)

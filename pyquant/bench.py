@@ -69,16 +69,24 @@ def providers(problem: Problem, formats: Sequence[str], copies: int) -> dict[str
         base, _, option = name.partition("-")
         packed = quantize(w, base, nested=option == "nested").pack()
         weights = [packed.map_tensors(torch.clone) for _ in range(copies)]
-        calls[f"pyquant {name}"] = [lambda x, p=p: linear(x, p) for p in weights]
+        calls[f"pyquant {name}"] = [_packed_call(p) for p in weights]
         if base == formats[0].partition("-")[0] and not option:
             calls["dequantize + F.linear"] = [_dequantized_call(p) for p in weights]
             # 16-bit and 32-bit copies exceed the cache with fewer of them.
             dense = [packed.dequantize(problem.dtype) for _ in range(max(1, copies // 4))]
-            calls["F.linear"] = [lambda x, d=d: F.linear(x, d) for d in dense]
+            calls["F.linear"] = [_dense_call(d) for d in dense]
     int4pack = _int4pack_calls(problem, copies)
     if int4pack:
         calls["int4pack"] = int4pack
     return calls
+
+
+def _packed_call(weight: PackedWeight) -> Call:
+    return lambda x: linear(x, weight)
+
+
+def _dense_call(weight: torch.Tensor) -> Call:
+    return lambda x: F.linear(x, weight)
 
 
 def _dequantized_call(weight: PackedWeight) -> Call:
@@ -92,9 +100,11 @@ def _int4pack_calls(problem: Problem, copies: int) -> list[Call]:
     codes = torch.randint(0, 16, (problem.n, problem.k), dtype=torch.int32)
     scales = torch.randn(problem.k // INT4PACK_GROUP, problem.n, 2).to(problem.dtype)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    weights = [packed.clone() for _ in range(copies)]
-    mm = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return [lambda x, w=w: mm(x, w, INT4PACK_GROUP, scales) for w in weights]
+
+    def call(weight: torch.Tensor) -> Call:
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, INT4PACK_GROUP, scales)
+
+    return [call(packed.clone()) for _ in range(copies)]
 
 
 def measure(

@@ -90,7 +90,7 @@ def dequantize_kbit(
         raise ValueError(f"dequantize_kbit: codebook: expected [{fmt.levels}], got {list(codebook.shape)}")
     bits = torch.arange(KBIT_BLOCKSIZE, device=packed.device, dtype=torch.int32)
     planes = packed[: blocks * k].view(blocks, k, 1) >> bits & 1
-    codes = sum(planes[:, j] << j for j in range(k)).to(torch.uint8)
+    codes = torch.stack([planes[:, j] << j for j in range(k)]).sum(dim=0).to(torch.uint8)
     scale_type = ScaleType.E4M4 if absmax.dtype == torch.uint8 else ScaleType.FP32
     length = blocks * KBIT_BLOCKSIZE
     weight = QuantizedWeight(

@@ -72,7 +72,8 @@ class _Weight:
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         """A copy with ``function`` applied to every tensor."""
-        return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+        tensors: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> Any:
         """A copy on ``device``."""

@@ -3,7 +3,14 @@
 References are written from the documents (formats, packed layout, C header), not from the code under test.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import os
+
+# Threads that spin while they wait make small calls fifty times slower where tests share the cores. Read when a
+# runtime is loaded, so before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import ctypes
 import random
@@ -99,7 +106,8 @@ def user_codebook(fmt: Format) -> torch.Tensor:
 
 
 def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """Of weights: another stream than the activations', which would else repeat the weight's values."""
+    return torch.Generator().manual_seed(10**6 + seed)
 
 
 def make_weight(variant: Variant, n: int, k: int, group_size: int | None = None, seed: int = 0) -> QuantizedWeight:
@@ -107,9 +115,7 @@ def make_weight(variant: Variant, n: int, k: int, group_size: int | None = None,
     return quantize(torch.randn(n, k, generator=rng(seed)), variant.format.name, group_size, **variant.arguments())
 
 
-def random_weight(
-    variant: Variant, n: int, k: int, group_size: int | None = None, seed: int = 0
-) -> QuantizedWeight:
+def random_weight(variant: Variant, n: int, k: int, group_size: int | None = None, seed: int = 0) -> QuantizedWeight:
     """Random codes, scales and zeros: what a file may hold, not only what the quantizer makes."""
     fmt, g = variant.format, rng(seed)
     group_size = group_size or fmt.group_size or k
@@ -242,9 +248,7 @@ def assert_within_budget(
 # ---- calls
 
 
-def gemm(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instance: int = -1
-) -> torch.Tensor:
+def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instance: int = -1) -> torch.Tensor:
     """The operator, with a forced kernel instance."""
     tensors, spec = op_arguments(weight)
     return torch.ops.pyquant.gemm(x, *tensors, bias, *spec, instance)
@@ -256,14 +260,16 @@ def gemm_instances() -> dict[int, str]:
     return {i: row["name"] for i, row in rows if row["available"] and "_dequant_" not in row["name"]}
 
 
+def raw(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in row-major order."""
+    return t.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
 def same_weight(a: QuantizedWeight | PackedWeight, b: QuantizedWeight | PackedWeight) -> bool:
     """Equal in every field, tensors bit for bit."""
 
     def key(w: QuantizedWeight | PackedWeight) -> tuple[Any, ...]:
-        tensors = {
-            name: (t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            for name, t in w.tensors().items()
-        }
+        tensors = {name: (t.dtype, tuple(t.shape), raw(t).numpy().tobytes()) for name, t in w.tensors().items()}
         return type(w), w.format, w.n, w.k, w.group_size, w.scale_type, w.zero_type, tensors
 
     return key(a) == key(b)

@@ -1,8 +1,8 @@
 // Packed codes to fp32, 16 at a time, without leaving the order of the packed layout.
 //
 // The 4-bit words of four lanes (one g, t = 0..3; kernels/layout.hpp) are 64 bytes: element 4t + step holds the eight
-// codes of rows g and g + 8 at the four k of "slot" 0..3, which are 16 step + {2t, 2t + 1, 2t + 8, 2t + 9}. So one shift
-// and one table lookup give 16 weights of a row; x is permuted to slots once per call, and nothing is unpacked.
+// codes of rows g and g + 8 at the four k of "slot" 0..3, which are 16 step + {2t, 2t + 1, 2t + 8, 2t + 9}. So one
+// shift and one table lookup give 16 weights of a row; x is permuted to slots once per call, and nothing is unpacked.
 // Other widths are brought to the same element order when they are loaded.
 #pragma once
 

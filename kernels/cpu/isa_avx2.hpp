@@ -43,9 +43,6 @@ struct Isa {
     asm("" : "+x"(a.low), "+x"(a.high));
     return a;
   }
-  static CX_INLINE F gather(const float* p, I index) {
-    return {_mm256_i32gather_ps(p, index.low, 4), _mm256_i32gather_ps(p, index.high, 4)};
-  }
   static CX_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   // {a, b, c, d} four times.
   static CX_INLINE F repeat4(float a, float b, float c, float d) {

@@ -40,7 +40,6 @@ struct Isa {
     asm("" : "+v"(a));
     return a;
   }
-  static CX_INLINE F gather(const float* p, I index) { return _mm512_i32gather_ps(index, p, 4); }
   static CX_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   // {a, b, c, d} four times.
   static CX_INLINE F repeat4(float a, float b, float c, float d) {

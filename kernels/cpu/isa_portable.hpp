@@ -7,9 +7,6 @@
 #include "kernels/cpu/inline.hpp"
 #include "kernels/decode.hpp"
 
-// Every function that passes these vectors is inlined, so their calling convention does not matter.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace cutlass_ext::cpu::portable {
 
 struct Isa {
@@ -37,11 +34,6 @@ struct Isa {
   // a as it is: keeps the compiler from fusing the product with a following addition.
   static CX_INLINE F rounded(F a) {
     asm("" : "+m"(a));
-    return a;
-  }
-  static CX_INLINE F gather(const float* p, I index) {
-    F a;
-    for (int i = 0; i < 16; ++i) a[i] = p[index[i]];
     return a;
   }
   static CX_INLINE F to_float(I a) {
@@ -118,7 +110,11 @@ struct Isa {
     float entries[1 << kBits];
 
     explicit CX_INLINE Table(const float* values) { memcpy(entries, values, sizeof entries); }
-    CX_INLINE F operator[](I index) const { return gather(entries, and_mask(index, (1 << kBits) - 1)); }
+    CX_INLINE F operator[](I index) const {
+      F a;
+      for (int i = 0; i < 16; ++i) a[i] = entries[index[i] & ((1 << kBits) - 1)];
+      return a;
+    }
   };
 
   static CX_INLINE void transpose(I (&a)[16]) {

@@ -15,6 +15,8 @@ namespace cutlass_ext::cpu {
 
 // x in slots: [block][token][slot][16].
 constexpr int64_t kSlotRow = kSlots * kVector;
+// Rows of x in slots that one thread packs faster (40 ns each) than several threads meet at a barrier.
+constexpr int64_t kSerialRows = 256;
 
 template <class Isa>
 struct StreamPlan {
@@ -31,9 +33,19 @@ struct StreamPlan {
     tokens = p.m < kMaxTokens ? p.m : kMaxTokens;
     while (tokens > 1 && tokens * row_bytes > kMaxBytes) tokens /= 2;
     x_bytes = static_cast<size_t>(tokens * row_bytes);
-    sums_bytes = static_cast<size_t>(tokens) * (layout::kAtomsPerBlock + 1) * layout::kAtomRows * kVector * sizeof(float);
+    sums_bytes =
+        static_cast<size_t>(tokens) * (layout::kAtomsPerBlock + 1) * layout::kAtomRows * kVector * sizeof(float);
   }
 };
+
+// Asks for the codes of a row pair one run ahead. An atom is 512 bytes (4 bits) of every 2 KB, a pattern that hardware
+// prefetchers give up on. Behind the last run of a slab stands the first run of the next one.
+template <class Kind>
+static CX_INLINE void prefetch_run(const uint8_t* codes, int g) {
+  constexpr int kPairBytes = Kind::Codes::kAtomBytes / kPairs;
+  constexpr int64_t kRunBytes = int64_t{kRunBlocks} * layout::kAtomsPerBlock * Kind::Codes::kAtomBytes;
+  for (int i = 0; i < kPairBytes; i += 64) __builtin_prefetch(codes + kRunBytes + g * kPairBytes + i, 0, 2);
+}
 
 template <class Isa>
 static void pack_slots(const GemmProblem& p, int64_t token, int64_t block, float* out) {
@@ -47,8 +59,8 @@ static void pack_slots(const GemmProblem& p, int64_t token, int64_t block, float
   for (int slot = 0; slot < kSlots; ++slot) Isa::store(out + slot * kVector, slots[slot]);
 }
 
-// Sums of an atom are [g][token][row g, row g + 8][16]: the tokens of a row pair are one stream, so that a load never has
-// the low 12 address bits of a store just before it and waits for it.
+// Sums of an atom are [g][token][row g, row g + 8][16]: the tokens of a row pair are one stream, so that a load never
+// has the low 12 address bits of a store just before it and waits for it.
 static constexpr int64_t sums_offset(int64_t tokens, int64_t token, int g, int row) {
   return ((g * tokens + token) * 2 + row) * kVector;
 }
@@ -69,6 +81,7 @@ static CX_INLINE void stream_one_token(const typename Kind::Codes& decoder, cons
     for (int slot = 0; slot < kSlots; ++slot) slots[slot] = Isa::load(x + block * kSlotRow + slot * kVector);
     unroll<Isa, kPairs>([&](auto pair) __attribute__((always_inline)) {
       constexpr int g = decltype(pair)::value;
+      prefetch_run<Kind>(codes, g);
       const auto words = Kind::Codes::load(codes, g);
       unroll<Isa, 2>([&](auto row) __attribute__((always_inline)) {
         constexpr int kRow = decltype(row)::value;
@@ -95,25 +108,28 @@ static CX_INLINE void stream_tokens(const typename Kind::Codes& decoder, const t
   using Isa = typename Kind::Isa;
   using F = typename Isa::F;
   constexpr int64_t kAtomSums = layout::kAtomRows * kVector;
+  constexpr int kPairsAtOnce = Isa::kManyRegisters ? 2 : 1;  // so that a vector of x is loaded for four rows
   constexpr int64_t kBlockBytes = layout::kAtomsPerBlock * Kind::Codes::kAtomBytes;
   for (int64_t i = 0; i < tokens * kAtomSums; i += kVector) Isa::store(sums + i, Isa::zero());
   for (int64_t block = first; block < last; ++block, codes += kBlockBytes) {
     const float* block_x = x + block * tokens * kSlotRow;
-    for (int g = 0; g < kPairs; ++g) {
-      F weights[2][kSlots];
-      Kind::decode_rows(decoder, scales, codes, block, atom, g, weights);
+    for (int g = 0; g < kPairs; g += kPairsAtOnce) {
+      F weights[kPairsAtOnce][2][kSlots];
+      for (int pair = 0; pair < kPairsAtOnce; ++pair) {
+        prefetch_run<Kind>(codes, g + pair);
+        Kind::decode_rows(decoder, scales, codes, block, atom, g + pair, weights[pair]);
+      }
       for (int64_t token = 0; token < tokens; ++token) {
-        float* low = sums + sums_offset(tokens, token, g, 0);
-        float* high = low + kVector;
-        F low_sum = Isa::load(low);
-        F high_sum = Isa::load(high);
-        for (int slot = 0; slot < kSlots; ++slot) {
-          const F value = Isa::load(block_x + token * kSlotRow + slot * kVector);
-          low_sum = Isa::fma(value, weights[0][slot], low_sum);
-          high_sum = Isa::fma(value, weights[1][slot], high_sum);
+        F values[kSlots];
+        for (int slot = 0; slot < kSlots; ++slot) values[slot] = Isa::load(block_x + token * kSlotRow + slot * kVector);
+        for (int pair = 0; pair < kPairsAtOnce; ++pair) {
+          for (int row = 0; row < 2; ++row) {
+            float* out = sums + sums_offset(tokens, token, g + pair, row);
+            F sum = Isa::load(out);
+            for (int slot = 0; slot < kSlots; ++slot) sum = Isa::fma(values[slot], weights[pair][row][slot], sum);
+            Isa::store(out, sum);
+          }
         }
-        Isa::store(low, low_sum);
-        Isa::store(high, high_sum);
       }
     }
   }
@@ -181,17 +197,15 @@ static void stream_gemm(const GemmProblem& p) {
     using Kind = decltype(kind);
     for (int64_t first_token = 0; first_token < p.m; first_token += plan.tokens) {
       const int64_t tokens = p.m - first_token < plan.tokens ? p.m - first_token : plan.tokens;
-#pragma omp parallel num_threads(p.threads)
-      {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < plan.blocks * tokens; ++i) {
-          pack_slots<Isa>(p, first_token + i % tokens, i / tokens, x + i * kSlotRow);
-        }
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < p.threads; ++part) {
-          stream_atoms<Kind>(p, plan, atoms * part / p.threads, atoms * (part + 1) / p.threads, first_token, tokens, x,
-                             reinterpret_cast<float*>(sums + part * plan.sums_bytes));
-        }
+      const int64_t rows = plan.blocks * tokens;
+#pragma omp parallel for num_threads(p.threads) if (rows > kSerialRows) schedule(static)
+      for (int64_t i = 0; i < rows; ++i) {
+        pack_slots<Isa>(p, first_token + i % tokens, i / tokens, x + i * kSlotRow);
+      }
+#pragma omp parallel for num_threads(p.threads) schedule(static, 1)
+      for (int part = 0; part < p.threads; ++part) {
+        stream_atoms<Kind>(p, plan, atoms * part / p.threads, atoms * (part + 1) / p.threads, first_token, tokens, x,
+                           reinterpret_cast<float*>(sums + part * plan.sums_bytes));
       }
     }
   });

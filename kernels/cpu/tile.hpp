@@ -1,8 +1,8 @@
 // y = x @ W^T + bias for many tokens: a tile of the weight is decoded once to fp32 and multiplied with all tokens.
 //
-// A decoded panel is [k][32 rows], so the register tile (tokens x 32 rows) takes two weight vectors and one broadcast per
-// token and k, and needs no sums across a vector. The panel's vectors come from transposing packed words, before they are
-// decoded: 64 shuffles give 128 vectors.
+// A decoded panel is [k][32 rows], so the register tile (tokens x 32 rows) takes two weight vectors and one broadcast
+// per token and k, and needs no sums across a vector. The panel's vectors come from transposing packed words, before
+// they are decoded: 64 shuffles give 128 vectors.
 #pragma once
 
 #include <cstdint>
@@ -85,7 +85,8 @@ static void pack_tokens(const GemmProblem& p, int64_t token, int64_t count, int6
     for (int j = 0; j < kVector; ++j) columns[j] = Isa::load_words(rows[j]);
     Isa::transpose(columns);
     memcpy(rows, columns, sizeof rows);
-    for (int j = 0; j < kVector; ++j) memcpy(out + (i + j) * count, rows[j], static_cast<size_t>(count) * sizeof(float));
+    for (int j = 0; j < kVector; ++j)
+      memcpy(out + (i + j) * count, rows[j], static_cast<size_t>(count) * sizeof(float));
   }
 }
 
@@ -128,7 +129,8 @@ static CX_INLINE void decode_panel(const typename Kind::Codes& decoder, const ty
     for (int t = 0; t < 4; ++t) {
       const int element = 4 * t + step;
       const I low_word = Isa::load_words(low_words[element]);
-      const typename Codes::Words words = {low_word, Codes::kTwoWords ? Isa::load_words(high_words[element]) : low_word};
+      const typename Codes::Words words = {low_word,
+                                           Codes::kTwoWords ? Isa::load_words(high_words[element]) : low_word};
       unroll<Isa, kSlots>([&](auto slot) __attribute__((always_inline)) {
         constexpr int kSlot = decltype(slot)::value;
         float* out = panel + slot_k(kSlot, element) * kPanelRows;
@@ -226,8 +228,8 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
       for (int panel = panel_begin; panel < panel_end; ++panel) {
         for (int64_t block = block_begin; block < block_end; ++block) {
           const int atom = panel * kAtomsPerPanel;
-          const uint8_t* codes = p.weight.codes + ((slab * plan.blocks + block) * layout::kAtomsPerBlock + atom) *
-                                                      Kind::Codes::kAtomBytes;
+          const uint8_t* codes =
+              p.weight.codes + ((slab * plan.blocks + block) * layout::kAtomsPerBlock + atom) * Kind::Codes::kAtomBytes;
           float* out = tile + panel * kTileK * kPanelRows + (block - block_begin) * layout::kBlockK * kPanelRows;
           if constexpr (Kind::kGroups == Groups::kFlat) {
             decode_flat_panel<Kind>(decoder, scales, codes, block, atom, out);
@@ -239,9 +241,9 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
       for (int64_t group = first_group; group < last_group; ++group) {
         for (int panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t token = groups.begin(group);
-          multiply_panel<Isa>(groups.begin(group + 1) - token, x + (tile_k * groups.tokens + token) * kTileK, tile + panel * kTileK * kPanelRows,
-                              (block_end - block_begin) * layout::kBlockK, tile_k == 0,
-                              sums + (panel * (end - begin) + token - begin) * kPanelRows);
+          multiply_panel<Isa>(groups.begin(group + 1) - token, x + (tile_k * groups.tokens + token) * kTileK,
+                              tile + panel * kTileK * kPanelRows, (block_end - block_begin) * layout::kBlockK,
+                              tile_k == 0, sums + (panel * (end - begin) + token - begin) * kPanelRows);
         }
       }
     }
@@ -297,8 +299,7 @@ static void tile_gemm(const GemmProblem& p) {
 template <class Isa>
 static size_t tile_workspace(const GemmProblem& p) {
   const TilePlan plan = plan_tile<Isa>(p);
-  return plan.x_bytes +
-         static_cast<size_t>(plan.row_parts * plan.token_parts) * (plan.tile_bytes + plan.sums_bytes);
+  return plan.x_bytes + static_cast<size_t>(plan.row_parts * plan.token_parts) * (plan.tile_bytes + plan.sums_bytes);
 }
 
 template <class Isa>
