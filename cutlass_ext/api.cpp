@@ -137,7 +137,8 @@ cx_status cx_gemm(const cx_gemm_args* args) {
     return fail(CX_WORKSPACE_TOO_SMALL, __func__, "workspace_bytes: expected at least %zu, got %zu", needed,
                 args->workspace_bytes);
   }
-  if (needed > 0 && (args->workspace == nullptr || reinterpret_cast<uintptr_t>(args->workspace) % kWorkspaceAlignment)) {
+  if (needed > 0 &&
+      (args->workspace == nullptr || reinterpret_cast<uintptr_t>(args->workspace) % kWorkspaceAlignment)) {
     return fail(CX_INVALID_ARGUMENT, __func__, "workspace: expected a pointer aligned to %zu bytes, got %p",
                 static_cast<size_t>(kWorkspaceAlignment), args->workspace);
   }

@@ -73,12 +73,11 @@ const char* name_of(cx_zero_type type) {
 cx_weight_sizes weight_sizes(const cx_weight& w, const Format& format) {
   const auto scale_type = static_cast<ScaleType>(w.scale_type);
   const bool flat = layout::scales_are_flat(format.flat_blocks, w.k, w.group_size);
-  const int64_t blocks =
-      flat ? layout::ceil_div(w.n * w.k, w.group_size) : w.n * layout::ceil_div(w.k, w.group_size);
+  const int64_t blocks = flat ? layout::ceil_div(w.n * w.k, w.group_size) : w.n * layout::ceil_div(w.k, w.group_size);
   const bool packed = w.layout == CX_PACKED;
   const int64_t scales = packed && !flat ? layout::packed_scale_count(w.n, w.k, w.group_size) : blocks;
-  const int64_t codes = packed ? layout::packed_code_bytes(w.n, w.k, format.bits)
-                               : w.n * layout::ceil_div(w.k * format.bits, 8);
+  const int64_t codes =
+      packed ? layout::packed_code_bytes(w.n, w.k, format.bits) : w.n * layout::ceil_div(w.k * format.bits, 8);
   cx_weight_sizes sizes;
   sizes.codes_bytes = static_cast<size_t>(codes);
   sizes.scales_bytes = static_cast<size_t>(scales * size_of(scale_type));
@@ -101,8 +100,8 @@ cx_status check_spec(const char* function, const cx_weight* w, const Format** ou
   constexpr int kZeroTypes = CX_ZERO_FLOAT + 1;
   const auto scale_type = static_cast<uint32_t>(w->scale_type);
   if (scale_type >= kScaleTypes || (format.scale_types >> scale_type & 1u) == 0) {
-    const auto allowed = allowed_names(format.scale_types, kScaleTypes,
-                                       [](int i) { return name_of(static_cast<cx_scale_type>(i)); });
+    const auto allowed =
+        allowed_names(format.scale_types, kScaleTypes, [](int i) { return name_of(static_cast<cx_scale_type>(i)); });
     return fail(CX_INVALID_ARGUMENT, function, "weight.scale_type: %s expects %s, got %s", format.name, allowed.c_str(),
                 scale_type < kScaleTypes ? name_of(w->scale_type) : std::to_string(w->scale_type).c_str());
   }
@@ -114,8 +113,8 @@ cx_status check_spec(const char* function, const cx_weight* w, const Format** ou
                 zero_type < kZeroTypes ? name_of(w->zero_type) : std::to_string(w->zero_type).c_str());
   }
   if (w->n < 1 || w->n > kMaxExtent || w->k < 1 || w->k > kMaxExtent) {
-    return fail(CX_INVALID_ARGUMENT, function, "weight: expected N and K in 1..%" PRId64 ", got N=%" PRId64
-                ", K=%" PRId64, kMaxExtent, w->n, w->k);
+    return fail(CX_INVALID_ARGUMENT, function,
+                "weight: expected N and K in 1..%" PRId64 ", got N=%" PRId64 ", K=%" PRId64, kMaxExtent, w->n, w->k);
   }
   if (!allows_group(format, w->group_size, w->k)) {
     return fail(CX_INVALID_ARGUMENT, function, "weight.group_size: %s expects %s, got %" PRId64 " (K=%" PRId64 ")",
@@ -173,7 +172,8 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
 
 cx_status check_device(const char* function, cx_device device) {
   if (device == CX_CPU) return CX_OK;
-  if (device == CX_CUDA) return fail(CX_NOT_SUPPORTED, function, "device: this version has CPU kernels only, got CX_CUDA");
+  if (device == CX_CUDA)
+    return fail(CX_NOT_SUPPORTED, function, "device: this version has CPU kernels only, got CX_CUDA");
   return fail(CX_INVALID_ARGUMENT, function, "device: expected CX_CPU or CX_CUDA, got %d", device);
 }
 

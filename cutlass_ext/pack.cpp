@@ -33,11 +33,16 @@ void convert_codes(const Weight& from, uint8_t* to, bool pack) {
 
 void convert_codes(const Weight& from, uint8_t* to, bool pack) {
   switch (from.bits) {
-    case 2: return convert_codes<2>(from, to, pack);
-    case 3: return convert_codes<3>(from, to, pack);
-    case 4: return convert_codes<4>(from, to, pack);
-    case 5: return convert_codes<5>(from, to, pack);
-    case 8: return convert_codes<8>(from, to, pack);
+    case 2:
+      return convert_codes<2>(from, to, pack);
+    case 3:
+      return convert_codes<3>(from, to, pack);
+    case 4:
+      return convert_codes<4>(from, to, pack);
+    case 5:
+      return convert_codes<5>(from, to, pack);
+    case 8:
+      return convert_codes<8>(from, to, pack);
   }
 }
 

@@ -29,8 +29,8 @@ constexpr size_t kMessageBytes = 1024;
 }  // namespace cutlass_ext
 
 // Returns from the enclosing function when a call did not succeed.
-#define CX_TRY(call)                                   \
-  do {                                                 \
-    const cx_status status_ = (call);                  \
-    if (status_ != CX_OK) return status_;              \
+#define CX_TRY(call)                      \
+  do {                                    \
+    const cx_status status_ = (call);     \
+    if (status_ != CX_OK) return status_; \
   } while (0)

@@ -29,12 +29,12 @@ struct Format {
   const char* name;
   int bits;
   Encoding encoding;
-  bool flat_blocks;       // groups run over the flattened weight
-  bool tensor_scale;      // one fp32 per weight multiplies all scales
-  uint32_t scale_types;   // bit i: ScaleType i is allowed
-  uint32_t zero_types;    // bit i: ZeroType i is allowed
-  const int* group_sizes; // allowed group sizes, 0-terminated; empty: a power of two >= 16, or K
-  const float* codebook;  // 2^bits values, or nullptr: integers, or every weight brings its own
+  bool flat_blocks;        // groups run over the flattened weight
+  bool tensor_scale;       // one fp32 per weight multiplies all scales
+  uint32_t scale_types;    // bit i: ScaleType i is allowed
+  uint32_t zero_types;     // bit i: ZeroType i is allowed
+  const int* group_sizes;  // allowed group sizes, 0-terminated; empty: a power of two >= 16, or K
+  const float* codebook;   // 2^bits values, or nullptr: integers, or every weight brings its own
 
   constexpr int levels() const { return 1 << bits; }
   constexpr bool is_codebook() const { return encoding == Encoding::kCodebook; }

@@ -26,8 +26,4 @@ CPU_ISA_FLAGS = {
 }
 
 # Best first: the dispatch takes the first available one of the family it wants.
-INSTANCES = tuple(
-    Instance("cpu", family, isa)
-    for isa in CPU_ISA_FLAGS
-    for family in ("stream", "tile", "dequant")
-)
+INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))

@@ -37,11 +37,11 @@ constexpr int kBlockRows = 64;  // rows of a slab
 constexpr int kBlockK = 64;
 constexpr int kAtomsPerBlock = kBlockRows / kAtomRows;
 constexpr int kLanes = 32;
-constexpr int kStepK = 16;                    // k of one MMA
-constexpr int kSteps = kBlockK / kStepK;      // MMAs along k in a block
-constexpr int kCodesPerStep = 8;              // of a lane
+constexpr int kStepK = 16;                // k of one MMA
+constexpr int kSteps = kBlockK / kStepK;  // MMAs along k in a block
+constexpr int kCodesPerStep = 8;          // of a lane
 constexpr int kCodesPerLane = kSteps * kCodesPerStep;
-constexpr int kMaxPieceBytes = 16;            // the widest vector load of a lane
+constexpr int kMaxPieceBytes = 16;  // the widest vector load of a lane
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,9 +62,7 @@ struct Planes {
 
 // The planes of a b-bit code, low bits first.
 static constexpr Planes planes_of(int bits) {
-  return bits == 3   ? Planes{2, {2, 1}}
-         : bits == 5 ? Planes{2, {4, 1}}
-                     : Planes{1, {bits, 0}};
+  return bits == 3 ? Planes{2, {2, 1}} : bits == 5 ? Planes{2, {4, 1}} : Planes{1, {bits, 0}};
 }
 
 static constexpr int atom_bytes(int bits) { return kAtomRows * kBlockK * bits / 8; }
@@ -78,21 +76,18 @@ static constexpr int64_t packed_code_bytes(int64_t n, int64_t k, int bits) {
 
 // A position inside an atom, as the tensor cores see it.
 struct Fragment {
-  int lane;  // 0..31
-  int step;  // k16 step, 0..3
-  int value; // 0..7
+  int lane;   // 0..31
+  int step;   // k16 step, 0..3
+  int value;  // 0..7
 };
 
 static constexpr Fragment fragment_of(int row_in_atom, int k_in_block) {
   const int k = k_in_block % kStepK;
-  return {4 * (row_in_atom % 8) + (k % 8) / 2, k_in_block / kStepK,
-          k % 2 + 2 * (row_in_atom / 8) + 4 * (k / 8)};
+  return {4 * (row_in_atom % 8) + (k % 8) / 2, k_in_block / kStepK, k % 2 + 2 * (row_in_atom / 8) + 4 * (k / 8)};
 }
 
 static constexpr int row_of(Fragment f) { return f.lane / 4 + 8 * ((f.value / 2) % 2); }
-static constexpr int k_of(Fragment f) {
-  return f.step * kStepK + 2 * (f.lane % 4) + f.value % 2 + 8 * (f.value / 4);
-}
+static constexpr int k_of(Fragment f) { return f.step * kStepK + 2 * (f.lane % 4) + f.value % 2 + 8 * (f.value / 4); }
 
 // Where one plane of one code stands: a byte of the atom and the code's lowest bit in it.
 struct BitAddress {

@@ -19,8 +19,8 @@ struct Weight {
   ZeroType zero_type;
   bool flat_scales;  // scale of (n, k) = scales[(n * K + k) / group_size]
   bool is_codebook;
-  int bias;                // integers: value = packed code - bias
-  const float* codebook;   // codebooks: 2^bits values; integers: nullptr
+  int bias;               // integers: value = packed code - bias
+  const float* codebook;  // codebooks: 2^bits values; integers: nullptr
   const uint8_t* codes;
   const void* scales;
   const void* zeros;

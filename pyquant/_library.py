@@ -6,7 +6,7 @@ import ctypes
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ TORCH_OPS = PACKAGE / "lib" / "_torch_ops.so"
 class _FormatInfo(ctypes.Structure):
     """cx_format_info."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("id", ctypes.c_int32),
         ("name", ctypes.c_char_p),
         ("bits", ctypes.c_int32),
@@ -35,7 +35,7 @@ class _FormatInfo(ctypes.Structure):
 class _InstanceInfo(ctypes.Structure):
     """cx_instance_info."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("device", ctypes.c_int), ("available", ctypes.c_int32)]
+    _fields_: ClassVar = [("name", ctypes.c_char_p), ("device", ctypes.c_int), ("available", ctypes.c_int32)]
 
 
 def load_torch_ops() -> None:
@@ -49,9 +49,7 @@ def load_torch_ops() -> None:
     try:
         torch.ops.load_library(str(TORCH_OPS))
     except OSError as error:
-        raise ImportError(
-            f"pyquant: torch {torch.__version__} cannot load {TORCH_OPS.name}: {error}"
-        ) from error
+        raise ImportError(f"pyquant: torch {torch.__version__} cannot load {TORCH_OPS.name}: {error}") from error
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Measuring GEMMs on the CPU: who takes part, and how a time is taken.
 
-Protocol: every provider of a row runs on the same x and the same weights, in turns, so that a slow moment of the machine
-hits all of them; the figure is the median over the rounds. Cold weights: each call takes the next of several copies that
-together exceed the last-level cache, as in a model whose layers follow each other.
+Protocol: every provider of a row runs on the same x and the same weights, in turns, so that a slow moment of the
+machine hits all of them; the figure is the median over the rounds. Cold weights: each call takes the next of several
+copies that together exceed the last-level cache, as in a model whose layers follow each other.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def _int4pack_calls(problem: Problem, copies: int) -> list[Call]:
     return [call(packed.clone()) for _ in range(copies)]
 
 
-def measure(
-    problem: Problem, formats: Sequence[str], *, cold: bool = True, seconds: float = 1.0
-) -> list[Measurement]:
+def measure(problem: Problem, formats: Sequence[str], *, cold: bool = True, seconds: float = 1.0) -> list[Measurement]:
     """Time all providers on one problem, in turns, for about ``seconds`` each and at least 7 rounds."""
     x = torch.randn(problem.m, problem.k).to(problem.dtype)
     calls = providers(problem, formats, copies_for(problem, cold))

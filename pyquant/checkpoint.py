@@ -27,12 +27,12 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .weight import _TENSORS, QuantizedWeight
+from .weight import QuantizedWeight
 
 FILE_VERSION = 1
 METADATA_KEY = "pyquant"
 _SPEC = ".quant_spec"
-_PARTS = (*_TENSORS, "quant_spec")
+_PARTS = (*QuantizedWeight.TENSORS, "quant_spec")
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -86,8 +86,7 @@ class Reader:
         self._quantized = {name.removesuffix(_SPEC) for name in self.stored_names if name.endswith(_SPEC)}
         stored = set(self.stored_names)
         self._parts = {
-            name: [part for part in (f"{name}.{p}" for p in _PARTS) if part in stored]
-            for name in self._quantized
+            name: [part for part in (f"{name}.{p}" for p in _PARTS) if part in stored] for name in self._quantized
         }
         for name in self._quantized & stored:
             raise CheckpointError(f"{self.path}: {name} is both a tensor and a quantized weight")
@@ -181,9 +180,7 @@ class Reader:
         try:
             info = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.path}: the header is damaged: metadata {METADATA_KEY!r}: {error}"
-            ) from error
+            raise CheckpointError(f"{self.path}: the header is damaged: metadata {METADATA_KEY!r}: {error}") from error
         if not isinstance(info, dict) or not isinstance(info.get("crc32"), dict):
             raise damaged
         if info.get("version") != FILE_VERSION:
@@ -291,9 +288,7 @@ def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> di
         elif isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
             parts = {name: value}
         else:
-            raise TypeError(
-                f"save: {name}: expected a dense tensor or a QuantizedWeight, got {type(value).__name__}"
-            )
+            raise TypeError(f"save: {name}: expected a dense tensor or a QuantizedWeight, got {type(value).__name__}")
         for key, tensor in parts.items():
             if key in stored or (key != name and key in tensors) or key == "__metadata__":
                 raise ValueError(f"save: {name}: the name {key!r} is taken")

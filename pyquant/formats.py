@@ -45,6 +45,7 @@ class Encoding(IntEnum):
 
 FLOAT_SCALES = (ScaleType.FP32, ScaleType.FP16, ScaleType.BF16)
 NESTED_BLOCK = 256  # absmax values that share one second-level fp32 scale
+NESTED_MAP_SIZE = 256  # entries of the first-level map
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,25 @@ _E2M1 = _E2M1_MAGNITUDES + tuple(-v for v in _E2M1_MAGNITUDES)
 _NORMAL_FLOAT = {
     2: _symmetric(0.27699357, 1.0),
     3: _symmetric(0.10254128, 0.31860366, 0.57827693, 1.0),
-    4: _symmetric(
-        0.042095385, 0.12734099, 0.2159463, 0.31090474, 0.41681889, 0.54220915, 0.70756882, 1.0
-    ),
-    # fmt: off
+    4: _symmetric(0.042095385, 0.12734099, 0.2159463, 0.31090474, 0.41681889, 0.54220915, 0.70756882, 1.0),
     5: _symmetric(
-        0.018188655, 0.054678146, 0.091509081, 0.12892599, 0.16720095, 0.20664923, 0.24765123, 0.29068497,
-        0.33637723, 0.38558921, 0.43957144, 0.50026846, 0.57099831, 0.65825421, 0.77810454, 1.0,
+        0.018188655,
+        0.054678146,
+        0.091509081,
+        0.12892599,
+        0.16720095,
+        0.20664923,
+        0.24765123,
+        0.29068497,
+        0.33637723,
+        0.38558921,
+        0.43957144,
+        0.50026846,
+        0.57099831,
+        0.65825421,
+        0.77810454,
+        1.0,
     ),
-    # fmt: on
 }
 
 _BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -193,14 +204,14 @@ _ROWS = (
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 
 
-def get_format(name: str) -> Format:
+def get_format(name: str, function: str = "get_format") -> Format:
     """The row called ``name``.
 
     Raises:
-        ValueError: when there is no such row; the message lists all rows.
+        ValueError: when there is no such row; the message names ``function`` and lists all rows.
     """
     if name not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
+        raise ValueError(f"{function}: format: expected one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
 
 

@@ -24,7 +24,7 @@ KBIT_BLOCKSIZE = 32
 
 def create_normal_float_codebook(k: int, device: torch.device | str | None = None) -> torch.Tensor:
     """The 2^k fp32 values of bitsandbytes' k-bit normal float, sorted, largest magnitude 1; k in 2..5."""
-    return torch.tensor(_kbit_format(k).codebook, device=device)
+    return torch.tensor(_kbit_format(k, "create_normal_float_codebook").codebook, device=device)
 
 
 def quantize_kbit(
@@ -43,7 +43,7 @@ def quantize_kbit(
         absmax: uint8 or fp32 [blocks].
         codebook: fp32 [2^k].
     """
-    fmt = _kbit_format(k)
+    fmt = _kbit_format(k, "quantize_kbit")
     if absmax_format not in ("e4m4", "fp32"):
         raise ValueError(f"quantize_kbit: absmax_format: expected 'e4m4' or 'fp32', got {absmax_format!r}")
     if A.numel() == 0:
@@ -79,12 +79,16 @@ def dequantize_kbit(
     Returns:
         [n] in ``dtype``: ``codebook[code] * absmax`` in fp32, rounded once.
     """
-    fmt = _kbit_format(k)
+    fmt = _kbit_format(k, "dequantize_kbit")
     blocks = -(-n // KBIT_BLOCKSIZE)
     if n < 1 or packed.numel() < blocks * k or absmax.numel() < blocks:
         raise ValueError(
             f"dequantize_kbit: n={n}, k={k}: expected packed [{blocks * k}] and absmax [{blocks}], "
             f"got [{packed.numel()}] and [{absmax.numel()}]"
+        )
+    if packed.dtype != torch.int32 or absmax.dtype not in (torch.uint8, torch.float32):
+        raise TypeError(
+            f"dequantize_kbit: expected int32 packed and uint8 or float32 absmax, got {packed.dtype} and {absmax.dtype}"
         )
     if codebook.shape != (fmt.levels,):
         raise ValueError(f"dequantize_kbit: codebook: expected [{fmt.levels}], got {list(codebook.shape)}")
@@ -110,14 +114,12 @@ def dequantize_kbit(
 def pack_2xint4(t: torch.Tensor) -> torch.Tensor:
     """int8 or uint8 [R, C], R even -> [R / 2, C]: row 2i in the low nibble, row 2i + 1 in the high one (torchao)."""
     if t.dim() != 2 or t.shape[0] % 2 != 0 or t.dtype not in (torch.int8, torch.uint8):
-        raise ValueError(
-            f"pack_2xint4: t: expected int8 or uint8 [R, C] with even R, got {t.dtype} {list(t.shape)}"
-        )
+        raise ValueError(f"pack_2xint4: t: expected int8 or uint8 [R, C] with even R, got {t.dtype} {list(t.shape)}")
     return (t[::2] & 0xF) | (t[1::2] << 4)
 
 
-def _kbit_format(k: int) -> Format:
+def _kbit_format(k: int, function: str) -> Format:
     name = f"kbit{k}"
     if name not in FORMATS:
-        raise ValueError(f"k: expected 2, 3, 4 or 5, got {k}")
+        raise ValueError(f"{function}: k: expected 2, 3, 4 or 5, got {k}")
     return FORMATS[name]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops import linear, op_arguments
+from .ops import gemm, op_arguments
 from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
@@ -19,21 +19,25 @@ _PREFIX = "weight."
 class QuantLinear(nn.Module):
     """A linear layer with a packed weight: ``y = x @ dequant(weight)^T + bias``.
 
-    Made by :meth:`from_linear` or :meth:`from_quantized`. The packed tensors are buffers, so they follow ``.to(device)``;
-    ``.to(dtype)`` changes the bias only. ``state_dict`` holds the canonical weight (``QuantizedWeight.state_dict`` under
-    ``weight.``) and the bias; ``load_state_dict`` takes the same, of any format and group size.
+    Made by :meth:`from_linear` or :meth:`from_quantized`. The packed tensors are buffers, so they follow
+    ``.to(device)``; ``.to(dtype)`` changes the bias only. ``state_dict`` holds the canonical weight
+    (``QuantizedWeight.state_dict`` under ``weight.``) and the bias; ``load_state_dict`` takes the same, of any format
+    and group size.
     """
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self._set_weight(weight)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
     @classmethod
     def from_linear(cls, module: nn.Linear, format: str = "nf4", **arguments: Any) -> QuantLinear:
         """Quantize ``module``'s weight; ``arguments`` are those of :func:`pyquant.quantize`."""
         weight = quantize(module.weight.detach(), format, **arguments)
-        return cls.from_quantized(weight, None if module.bias is None else module.bias.detach().clone())
+        bias: torch.Tensor | None = None
+        if module.bias is not None:
+            bias = module.bias.detach().clone().requires_grad_(module.bias.requires_grad)
+        return cls.from_quantized(weight, bias).train(module.training)
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
@@ -54,7 +58,13 @@ class QuantLinear(nn.Module):
         return self._spec[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        # As pyquant.linear(x, self.weight, self.bias), without building a PackedWeight in every call.
+        b = self._buffers
+        tensors = (b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"))
+        bias: torch.Tensor | None = self._parameters["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
+        return gemm(x, tensors, bias, self._integers)
 
     def extra_repr(self) -> str:
         return f"{self.weight!r}, bias={self.bias is not None}"
@@ -62,6 +72,7 @@ class QuantLinear(nn.Module):
     def _set_weight(self, weight: PackedWeight) -> None:
         w = weight
         self._spec = (w.format, w.n, w.k, w.group_size, w.scale_type, w.zero_type)
+        _, self._integers = op_arguments(w)
         self._names = tuple(w.tensors())
         for name in [b for b in self._buffers if b.startswith("_")]:
             del self._buffers[name]
@@ -75,9 +86,11 @@ class QuantLinear(nn.Module):
         shapes = {name: self._buffers[name].shape for name in dtypes}  # type: ignore[union-attr]
         for name in dtypes:
             self._buffers[name] = self._buffers[name].reshape(-1).view(torch.uint8)  # type: ignore[union-attr]
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            self._buffers[name] = self._buffers[name].view(dtype).view(shapes[name])  # type: ignore[union-attr]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, dtype in dtypes.items():
+                self._buffers[name] = self._buffers[name].view(dtype).view(shapes[name])  # type: ignore[union-attr]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -97,12 +110,12 @@ class QuantLinear(nn.Module):
         own = prefix + _PREFIX
         canonical = {name: state_dict[name] for name in list(state_dict) if name.startswith(own)}
         rest = {name: t for name, t in state_dict.items() if name not in canonical}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if not canonical:
             missing_keys.append(own + "quant_spec")
             return
+        known = {own + name for name in (*QuantizedWeight.TENSORS, "quant_spec")}
+        unexpected_keys += [name for name in canonical if name not in known and strict]
         try:
             weight = QuantizedWeight.from_state_dict(canonical, own)
         except ValueError as error:
@@ -148,13 +161,14 @@ def quantize_model(
 
     if isinstance(model, nn.Linear):
         return QuantLinear.from_linear(model, format, **arguments)
-    # A module that stands under two names is converted once and stays shared.
-    converted: dict[nn.Module, QuantLinear] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and wanted(name):
-            if module not in converted:
-                converted[module] = QuantLinear.from_linear(module, format, **arguments)
-            model.set_submodule(name, converted[module])
-    if not converted:
+    found = {
+        name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear and wanted(name)
+    }
+    if not found:
         raise ValueError(f"quantize_model: no nn.Linear matches include={include}, exclude={exclude}")
+    # All are converted before the first is replaced, so that an error leaves the model as it was. A module that stands
+    # under two names is converted once and stays shared.
+    converted = {m: QuantLinear.from_linear(m, format, **arguments) for m in dict.fromkeys(found.values())}
+    for name, module in found.items():
+        model.set_submodule(name, converted[module])
     return model

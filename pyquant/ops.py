@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from ._library import load_torch_ops
+from .formats import NESTED_MAP_SIZE, ScaleType
 from .weight import PackedWeight, QuantizedWeight
 
 load_torch_ops()
+
+_GEMM = torch.ops.pyquant.gemm.default
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # cx_dtype
 _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
@@ -30,100 +33,134 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    tensors, spec = op_arguments(weight)
-    return torch.ops.pyquant.gemm(x, *tensors, bias, *spec)
+    tensors, integers = op_arguments(weight)
+    return gemm(x, tensors, bias, integers)
+
+
+def gemm(
+    x: torch.Tensor,
+    tensors: tuple[torch.Tensor | None, ...],
+    bias: torch.Tensor | None,
+    integers: tuple[int, int, int],
+) -> torch.Tensor:
+    """``torch.ops.pyquant.gemm`` on the tensors and integers of a packed weight, by the shortest way.
+
+    The autograd wrapper, which is Python, costs more than 20 us a call; without gradients it is left out.
+    """
+    # In this order: Dynamo folds is_compiling() and cannot trace the other.
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+        if not (needs_grad and torch.is_grad_enabled()):
+            with torch._C._AutoDispatchBelowAutograd():
+                return _GEMM(x, *tensors, bias, *integers)
+    return _GEMM(x, *tensors, bias, *integers)
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """Canonical -> packed, lossless, on the weight's device."""
-    return _convert(torch.ops.pyquant.pack, weight, PackedWeight)
+    w = weight
+    scale_data = w.tensor_scale
+    if w.scale_type is ScaleType.NESTED:
+        offset, map_, absmax = w.nested_parts()
+        scale_data = torch.cat([offset.view(1), map_, absmax])
+    if scale_data is not None:
+        scale_data = scale_data.view(-1)
+    codes, scales, zeros = _convert(torch.ops.pyquant.pack, w, scale_data)
+    codebook = None if w.codebook is None else w.codebook.contiguous()
+    return PackedWeight(
+        w.format, w.n, w.k, w.group_size, w.scale_type, w.zero_type, codes, scales, zeros, codebook, scale_data
+    )
 
 
 def unpack(weight: PackedWeight) -> QuantizedWeight:
     """Packed -> canonical, the inverse of :func:`pack` bit for bit."""
-    flat = _convert(torch.ops.pyquant.unpack, weight, QuantizedWeight)
-    groups = (-1,) if weight.flat_scales else (weight.n, -1)
-    shapes = {"codes": (weight.n, -1), "scales": groups, "zeros": groups}
-    parts = {name: t.view(shapes[name]) for name, t in flat.tensors().items() if name in shapes}
-    return _replace(flat, QuantizedWeight, parts)
+    w = weight
+    codes, scales, zeros = _convert(torch.ops.pyquant.unpack, w, w.scale_data)
+    groups = (-1,) if w.flat_scales else (w.n, -1)
+    parts = {}
+    if w.scale_data is not None and w.scale_type is ScaleType.NESTED:
+        offset, map_, absmax = w.scale_data.split([1, NESTED_MAP_SIZE, w.scale_data.numel() - 1 - NESTED_MAP_SIZE])
+        parts = {"nested_offset": offset.view(()), "nested_map": map_, "nested_absmax": absmax}
+    elif w.scale_data is not None:
+        parts = {"tensor_scale": w.scale_data.view(())}
+    return QuantizedWeight(
+        w.format,
+        w.n,
+        w.k,
+        w.group_size,
+        w.scale_type,
+        w.zero_type,
+        codes.view(w.n, -1),
+        scales.view(groups),
+        None if zeros is None else zeros.view(groups),
+        w.codebook,
+        # Copies: the parts must not keep each other's memory alive, nor be saved as views of it.
+        **{name: t.clone() for name, t in parts.items()},
+    )
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight [N, K] in ``dtype`` (fp32, fp16 or bf16): computed in fp32, rounded once."""
     if dtype not in _DTYPES:
         raise TypeError(f"dequantize: dtype: expected float32, float16 or bfloat16, got {dtype}")
-    tensors, spec = op_arguments(weight)
-    return torch.ops.pyquant.dequantize(*tensors, *spec, _DTYPES[dtype])
+    tensors, integers = op_arguments(weight)
+    return torch.ops.pyquant.dequantize(*tensors, *integers, _DTYPES[dtype])
 
 
-def op_arguments(
-    weight: PackedWeight | QuantizedWeight,
-) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """The tensors and the integers of a weight, in the order of the operators' schemas."""
+def op_arguments(weight: PackedWeight) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, int, int]]:
+    """The tensors and the integers (spec, N, K) of a packed weight, in the order of the operators' schemas."""
     w = weight
-    tensors = (
-        w.codes,
-        w.scales,
-        w.zeros,
-        w.codebook,
-        w.nested_map,
-        w.nested_absmax,
-        w.nested_offset,
-        w.tensor_scale,
-    )
-    return tensors, (w.format.id, int(w.scale_type), int(w.zero_type), w.group_size, w.n, w.k)
+    return (w.codes, w.scales, w.zeros, w.codebook, w.scale_data), (encode_spec(w), w.n, w.k)
 
 
-def _convert(op: Any, weight: PackedWeight | QuantizedWeight, to: type) -> Any:
-    tensors, spec = op_arguments(weight)
-    codes, scales, zeros = op(*[None if t is None else t.contiguous() for t in tensors], *spec)
-    parts = {"codes": codes, "scales": scales}
-    if weight.zeros is not None:
-        parts["zeros"] = zeros
-    return _replace(weight, to, parts)
-
-
-def _replace(weight: PackedWeight | QuantizedWeight, to: type, parts: dict[str, torch.Tensor]) -> Any:
-    """A weight of type ``to`` with ``parts`` instead of the tensors of those names."""
+def encode_spec(weight: PackedWeight | QuantizedWeight) -> int:
+    """Format, scale type, zero type and group size in one integer: an argument of a call costs about 0.5 us."""
     w = weight
-    tensors = {**w.tensors(), **parts}
-    return to(w.format, w.n, w.k, w.group_size, w.scale_type, w.zero_type, **tensors)
+    return w.format.id | int(w.scale_type) << 8 | int(w.zero_type) << 12 | w.group_size << 16
 
 
-# The operators' schemas: gemm(x, 8 weight tensors, bias, format, scale_type, zero_type, group_size, n, k, instance),
-# dequantize(8 weight tensors, 6 integers, dtype).
+def _convert(
+    op: Any, weight: PackedWeight | QuantizedWeight, scale_data: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    w = weight
+    tensors = [None if t is None else t.contiguous() for t in (w.codes, w.scales, w.zeros, w.codebook, scale_data)]
+    codes, scales, zeros = op(*tensors, encode_spec(w), w.n, w.k)
+    return codes, scales, None if w.zeros is None else zeros
+
+
+# Positions in the schemas: gemm(x, 5 weight tensors, bias, spec, n, k, instance),
+# dequantize(5 weight tensors, spec, n, k, dtype).
 
 
 @torch.library.register_fake("pyquant::gemm")
 def _gemm_fake(x: torch.Tensor, *arguments: Any, instance: int = -1) -> torch.Tensor:
-    n, k = arguments[13], arguments[14]
+    n, k = arguments[7], arguments[8]
     torch._check(x.dim() >= 1 and x.shape[-1] == k, lambda: f"gemm: x has shape {x.shape}, the weight has K={k}")
     return x.new_empty((*x.shape[:-1], n))
 
 
 @torch.library.register_fake("pyquant::dequantize")
 def _dequantize_fake(*arguments: Any) -> torch.Tensor:
-    n, k, dtype = arguments[12], arguments[13], arguments[14]
+    n, k, dtype = arguments[6], arguments[7], arguments[8]
     return torch.empty(n, k, dtype=_DTYPE_OF_ID[dtype], device=arguments[0].device)
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: torch.Tensor) -> None:
-    x, *tensors = inputs[:9]
+    tensors = inputs[1:6]
     # The backward pass reads the packed weight: no dequantized copy is kept.
     ctx.save_for_backward(*tensors)
-    ctx.spec = inputs[10:16]
-    ctx.x_shape = x.shape
-    ctx.has_bias = inputs[9] is not None
+    ctx.integers = inputs[7:10]
+    ctx.has_bias = inputs[6] is not None
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.pyquant.dequantize(*ctx.saved_tensors, *ctx.spec, _DTYPES[grad.dtype])
+        weight = torch.ops.pyquant.dequantize(*ctx.saved_tensors, *ctx.integers, _DTYPES[grad.dtype])
         grad_x = grad.matmul(weight)
-    if ctx.has_bias and ctx.needs_input_grad[9]:
+    if ctx.has_bias and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, *[None] * 8, grad_bias, *[None] * 7)
+    return (grad_x, *[None] * 5, grad_bias, *[None] * 4)
 
 
 torch.library.register_autograd("pyquant::gemm", _backward, setup_context=_setup_context)

@@ -21,13 +21,14 @@ from .scales import (
     encode_e4m3,
     encode_e8m0,
     nest_absmax,
+    storage_dtype,
 )
 from .weight import QuantizedWeight
 
 Method = Literal["rtn", "hqq"]
 
-# Elements quantized at a time: bounds the temporaries (about 20 bytes an element) to some hundred MB, and keeps
-# indices far below 2^31 for weights of any size.
+# Weights quantized at a time: bounds the temporaries (about 20 bytes a weight) to some hundred MB, and keeps indices
+# far below 2^31 for weights of any size.
 _CHUNK = 1 << 24
 
 
@@ -72,45 +73,55 @@ def quantize(
         TypeError: when w is not a floating-point tensor.
         ValueError: on anything else that does not fit, NaN and Inf in w included.
     """
-    fmt = get_format(format)
+    fmt = get_format(format, "quantize")
     _check_weight(w)
+    w = w.detach()
     n, k = w.shape
     scale_type = _scale_type(fmt, w, nested, scale_type)
     zero_type = _zero_type(fmt, zero_type, method)
     group_size = _group_size(fmt, group_size, k)
     table = _codebook(fmt, codebook, w.device)
-    flat = fmt.flat_blocks and k % group_size != 0
     tensor_scale = _tensor_scale(fmt, w, table)
 
+    groups = -(-k // group_size)
+    scale_shape = (-(-n * k // group_size),) if fmt.flat_blocks else (n, groups)
+    nested_scales = scale_type is ScaleType.NESTED
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-    scales, zeros = [], []
-    for chunk, place in _chunks(w, group_size, fmt.flat_blocks):
+    # Absmax to be nested is kept in fp32 until all of it is known.
+    scales = torch.empty(
+        scale_shape, dtype=torch.float32 if nested_scales else storage_dtype(scale_type), device=w.device
+    )
+    zeros = None
+    if zero_type is not ZeroType.NONE:
+        zero_dtype = torch.uint8 if zero_type is ZeroType.INTEGER else scales.dtype
+        zeros = torch.empty(scale_shape, dtype=zero_dtype, device=w.device)
+
+    for piece in _pieces(fmt.flat_blocks, w, group_size, codes, scales, zeros):
+        chunk = piece.w.float().reshape(piece.scales.numel(), -1)
         if not bool(torch.isfinite(chunk).all()):
             raise ValueError("quantize: w: expected finite values, got NaN or Inf")
-        groups = _quantize_groups(chunk, fmt, table, scale_type, zero_type, tensor_scale, method)
-        scales.append(groups.scales)
-        if groups.zeros is not None:
-            zeros.append(groups.zeros)
-        place(codes, groups.codes)
+        quantized = _quantize_groups(chunk, fmt, table, scale_type, zero_type, tensor_scale, method)
+        piece.codes.copy_(quantized.codes.view(piece.codes.shape))
+        piece.scales.copy_(quantized.scales.view(piece.scales.shape))
+        if piece.zeros is not None and quantized.zeros is not None:
+            piece.zeros.copy_(quantized.zeros.view(piece.zeros.shape))
 
-    scale_shape = (-1,) if flat else (n, -1)
-    stored_scales = torch.cat(scales)
     parts: dict[str, torch.Tensor] = {}
-    if scale_type is ScaleType.NESTED:
-        nest = nest_absmax(stored_scales)
-        stored_scales = nest.codes
+    if nested_scales:
+        nest = nest_absmax(scales)
+        scales = nest.codes
         parts = {"nested_map": nest.map, "nested_absmax": nest.absmax, "nested_offset": nest.offset}
-    if zeros:
-        parts["zeros"] = torch.cat(zeros).view(scale_shape)
     if codebook is not None:
         assert table is not None
         parts["codebook"] = table
     if tensor_scale is not None:
         parts["tensor_scale"] = tensor_scale
+    if zeros is not None:
+        parts["zeros"] = zeros
     packed = pack_codes(codes, fmt.bits)
-    return QuantizedWeight(
-        fmt, n, k, group_size, scale_type, zero_type, packed, stored_scales.view(scale_shape), **parts
-    )
+    if not (fmt.flat_blocks and k % group_size):
+        scales = scales.view(n, groups)
+    return QuantizedWeight(fmt, n, k, group_size, scale_type, zero_type, packed, scales, **parts)
 
 
 def _check_weight(w: torch.Tensor) -> None:
@@ -135,9 +146,7 @@ def _scale_type(fmt: Format, w: torch.Tensor, nested: bool, scale_type: ScaleTyp
             raise ValueError(f"quantize: nested=True: expected no scale_type, got {chosen.name.lower()}")
     if chosen not in fmt.scale_types:
         allowed = ", ".join(t.name.lower() for t in fmt.scale_types)
-        raise ValueError(
-            f"quantize: scale_type: {fmt.name} expects one of {allowed}, got {chosen.name.lower()}"
-        )
+        raise ValueError(f"quantize: scale_type: {fmt.name} expects one of {allowed}, got {chosen.name.lower()}")
     return chosen
 
 
@@ -202,39 +211,41 @@ def _tensor_scale(fmt: Format, w: torch.Tensor, table: torch.Tensor | None) -> t
     return torch.where(absmax > 0, absmax / (table.abs().max() * E4M3_MAX), torch.ones_like(absmax))
 
 
-def _chunks(w: torch.Tensor, group_size: int, flat_blocks: bool) -> Iterator:
-    """Pieces of w as fp32 groups [groups, group_size], each with a function that writes its codes back.
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the weight whose groups all have one length, and the parts of the outputs that belong to it."""
 
-    Short groups are filled with the last weight of the row, which changes neither their absmax nor their range.
-    """
+    w: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def _pieces(
+    flat_blocks: bool,
+    w: torch.Tensor,
+    group_size: int,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+) -> Iterator[_Piece]:
+    """Pieces of at most about ``_CHUNK`` weights; short groups come in pieces of their own."""
+    if flat_blocks:  # one long row
+        w, codes = w.reshape(1, -1), codes.view(1, -1)
+        scales, zeros = scales.view(1, -1), None if zeros is None else zeros.view(1, -1)
     n, k = w.shape
-    if flat_blocks:
-        source = w.reshape(-1)
-        step = max(1, _CHUNK // group_size) * group_size
-        for start in range(0, n * k, step):
-            piece = source[start : start + step].float()
-            length = piece.numel()
-            short = -length % group_size
-            groups = torch.cat([piece, piece[-1:].expand(short)]).view(-1, group_size)
-
-            def place_flat(codes: torch.Tensor, values: torch.Tensor, at: int = start, length: int = length) -> None:
-                codes.view(-1)[at : at + length] = values.view(-1)[:length]
-
-            yield groups, place_flat
-        return
     rows = max(1, _CHUNK // k)
-    short = -k % group_size
+    columns = max(1, _CHUNK // group_size)  # whole groups at a time
+    whole = k // group_size
+    spans = [(g, min(g + columns, whole)) for g in range(0, whole, columns)]
+    if k % group_size:
+        spans.append((whole, whole + 1))
     for start in range(0, n, rows):
-        piece = w[start : start + rows].float()
-        if short:
-            piece = torch.cat([piece, piece[:, -1:].expand(-1, short)], dim=1)
-        groups = piece.reshape(-1, group_size)
-
-        def place_rows(codes: torch.Tensor, values: torch.Tensor, at: int = start, rows: int = rows) -> None:
-            target = codes[at : at + rows]
-            target.copy_(values.view(target.shape[0], -1)[:, :k])
-
-        yield groups, place_rows
+        at = slice(start, start + rows)
+        for first, last in spans:
+            ks, groups = slice(first * group_size, min(last * group_size, k)), slice(first, last)
+            part = None if zeros is None else zeros[at, groups]
+            yield _Piece(w[at, ks], codes[at, ks], scales[at, groups], part)
 
 
 def _quantize_groups(
@@ -324,4 +335,4 @@ def _nearest(x: torch.Tensor, table: torch.Tensor, ties_to_even: bool) -> torch.
         # bucketize gives a tie to the lower entry; where the upper one has the even code, move the boundary down.
         upper_even = codes[1:] % 2 == 0
         middle = torch.where(upper_even, torch.nextafter(middle, torch.full_like(middle, -torch.inf)), middle)
-    return codes.to(torch.uint8)[torch.bucketize(x, middle, out_int32=True)]
+    return codes.to(torch.uint8)[torch.bucketize(x.contiguous(), middle, out_int32=True)]

@@ -98,7 +98,10 @@ class NestedScales:
 
 def nest_absmax(absmax: torch.Tensor) -> NestedScales:
     """fp32 absmax [blocks], in flat block order -> 8-bit absmax (bitsandbytes' double quantization)."""
+    absmax = absmax.view(-1)
     offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise ValueError("quantize: nested: expected absmax values whose sum is finite in fp32, got larger ones")
     blocks = absmax.numel()
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     second = centred.abs().amax(dim=1)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from .codes import row_bytes, unpack_codes
-from .formats import NESTED_BLOCK, Encoding, Format, ScaleType, ZeroType, format_by_id
+from .formats import NESTED_BLOCK, NESTED_MAP_SIZE, Encoding, Format, ScaleType, ZeroType, format_by_id
 from .scales import decode_absmax_e4m4, decode_e4m3, decode_e8m0, storage_dtype, unnest_absmax
 
 STATE_VERSION = 1
-_TENSORS = ("codes", "scales", "zeros", "codebook", "nested_map", "nested_absmax", "nested_offset", "tensor_scale")
 # Elements that dequantize() decodes at a time: bounds its temporaries to some hundred MB.
 _CHUNK = 1 << 24
 
@@ -21,6 +20,8 @@ _CHUNK = 1 << 24
 @dataclass(frozen=True, eq=False, repr=False)
 class _Weight:
     """What canonical and packed weights share. ``codes``, ``scales`` and ``zeros`` lie as the subclass says."""
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "codebook")
 
     format: Format
     n: int  # out_features
@@ -32,10 +33,6 @@ class _Weight:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     codebook: torch.Tensor | None = None  # fp32 [2^bits], in place of the format's own
-    nested_map: torch.Tensor | None = None  # fp32 [256]
-    nested_absmax: torch.Tensor | None = None  # fp32 [ceil(blocks / 256)]
-    nested_offset: torch.Tensor | None = None  # fp32, 0-dim
-    tensor_scale: torch.Tensor | None = None  # fp32, 0-dim
 
     @property
     def shape(self) -> torch.Size:
@@ -58,7 +55,7 @@ class _Weight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""
-        return {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
+        return {name: t for name in self.TENSORS if (t := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +85,7 @@ class _Weight:
         )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight(_Weight):
     """A canonical weight, any device.
 
@@ -95,6 +93,19 @@ class QuantizedWeight(_Weight):
     [ceil(N * K / group_size)] where blocks cross row ends), fp32, fp16, bf16 or raw uint8; ``zeros`` [N, groups],
     uint8 or the scales' dtype.
     """
+
+    TENSORS: ClassVar[tuple[str, ...]] = (
+        *_Weight.TENSORS,
+        "nested_map",
+        "nested_absmax",
+        "nested_offset",
+        "tensor_scale",
+    )
+
+    nested_map: torch.Tensor | None = None  # fp32 [256]
+    nested_absmax: torch.Tensor | None = None  # fp32 [ceil(blocks / 256)]
+    nested_offset: torch.Tensor | None = None  # fp32, 0-dim
+    tensor_scale: torch.Tensor | None = None  # fp32, 0-dim
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in ``dtype``: ``decode(code) * scale`` in fp32, then one rounding."""
@@ -124,12 +135,18 @@ class QuantizedWeight(_Weight):
             return self.codebook
         return torch.tensor(self.format.codebook, dtype=torch.float32, device=self.device)
 
+    def nested_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Offset, map and second-level absmax of nested scales."""
+        assert self.nested_offset is not None
+        assert self.nested_map is not None
+        assert self.nested_absmax is not None
+        return self.nested_offset, self.nested_map, self.nested_absmax
+
     def decode_scales(self) -> torch.Tensor:
         """The scales in fp32, in the shape of ``scales``."""
         if self.scale_type is ScaleType.NESTED:
-            assert self.nested_map is not None and self.nested_absmax is not None and self.nested_offset is not None
-            nested = unnest_absmax(self.scales, self.nested_map, self.nested_absmax, self.nested_offset)
-            return nested.view(self.scales.shape)
+            offset, map_, absmax = self.nested_parts()
+            return unnest_absmax(self.scales, map_, absmax, offset).view(self.scales.shape)
         if self.scale_type is ScaleType.E4M4:
             return decode_absmax_e4m4(self.scales)
         if self.scale_type is ScaleType.E4M3:
@@ -171,9 +188,7 @@ class QuantizedWeight(_Weight):
             raise ValueError(f"QuantizedWeight: {prefix}quant_spec: expected a tensor, got none")
         spec = state[prefix + "quant_spec"]
         if spec.dtype != torch.int64 or spec.shape != (7,):
-            raise ValueError(
-                f"QuantizedWeight: {prefix}quant_spec: expected int64 [7], got {_describe(spec)}"
-            )
+            raise ValueError(f"QuantizedWeight: {prefix}quant_spec: expected int64 [7], got {_describe(spec)}")
         version, format_id, scale_type, zero_type, group_size, n, k = spec.tolist()
         if version != STATE_VERSION:
             raise ValueError(f"QuantizedWeight: {prefix}quant_spec: expected version {STATE_VERSION}, got {version}")
@@ -181,13 +196,15 @@ class QuantizedWeight(_Weight):
             raise ValueError(
                 f"QuantizedWeight: {prefix}quant_spec: unknown scale type {scale_type} or zero type {zero_type}"
             )
-        tensors = {name: state[prefix + name] for name in _TENSORS if prefix + name in state}
+        try:
+            fmt = format_by_id(format_id)
+        except ValueError as error:
+            raise ValueError(f"QuantizedWeight: {prefix}quant_spec: {error}") from error
+        tensors = {name: state[prefix + name] for name in QuantizedWeight.TENSORS if prefix + name in state}
         for name in ("codes", "scales"):
             if name not in tensors:
                 raise ValueError(f"QuantizedWeight: {prefix}{name}: expected a tensor, got none")
-        weight = QuantizedWeight(
-            format_by_id(format_id), n, k, group_size, ScaleType(scale_type), ZeroType(zero_type), **tensors
-        )
+        weight = QuantizedWeight(fmt, n, k, group_size, ScaleType(scale_type), ZeroType(zero_type), **tensors)
         weight.check(prefix)
         return weight
 
@@ -216,7 +233,7 @@ class QuantizedWeight(_Weight):
             "scales": (True, scales_shape, stored),
             "zeros": (self.zero_type is not ZeroType.NONE, scales_shape, zero_dtype),
             "codebook": (has_codebook, (fmt.levels,), torch.float32),
-            "nested_map": (nested, (256,), torch.float32),
+            "nested_map": (nested, (NESTED_MAP_SIZE,), torch.float32),
             "nested_absmax": (nested, (-(-blocks // NESTED_BLOCK),), torch.float32),
             "nested_offset": (nested, (), torch.float32),
             "tensor_scale": (fmt.tensor_scale, (), torch.float32),
@@ -234,8 +251,14 @@ class QuantizedWeight(_Weight):
                 )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedWeight(_Weight):
-    """A packed weight (``kernels/layout.hpp``), on the device whose kernels read it; 1-D uint8 ``codes``."""
+    """A packed weight (``kernels/layout.hpp``), on the device whose kernels read it. All tensors are 1-D."""
+
+    TENSORS: ClassVar[tuple[str, ...]] = (*_Weight.TENSORS, "scale_data")
+
+    # fp32: tensor_scale [1]; or nested_offset [1], nested_map [256] and nested_absmax, one behind the other.
+    scale_data: torch.Tensor | None = None
 
     def unpack(self) -> QuantizedWeight:
         """The canonical weight it was made from, bit for bit."""

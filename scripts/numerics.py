@@ -1,6 +1,6 @@
 """Prints the tables of docs/numerics.md: what each format loses, and what the kernels add to it.
 
-    python scripts/numerics.py
+python scripts/numerics.py
 """
 
 from __future__ import annotations

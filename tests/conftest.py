@@ -3,7 +3,6 @@
 References are written from the documents (formats, packed layout, C header), not from the code under test.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -16,7 +15,7 @@ import ctypes
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -220,8 +219,10 @@ def assert_within_budget(
 
     ``err(y) = ||y - ref|| / ||ref||`` with ``ref`` in float64. fp32: ``err(y) <= 1e-6``. fp16 and bf16:
     ``err(y) <= 1.5 err(base)``, where ``base`` rounds the weight to x's dtype once and multiplies with fp32
-    accumulation. Two cares for few outputs: where ``base`` is exact by luck, a ``ref`` rounded once to the dtype is
-    good enough; and where the terms of the sums cancel, fp32 rounding is relative to the terms.
+    accumulation. Three cares for few outputs, where a norm is no mean of many: if ``base`` is exact by luck, a ``ref``
+    rounded once to the dtype is good enough; if the terms of the sums cancel, fp32 rounding is relative to the terms;
+    and below 16 outputs the fp32 budget grows as the spread of a mean of so few does (of two outputs at K = 384, one
+    call in two hundred of ``F.linear`` itself is beyond 1e-6).
     """
     assert y.dtype == x.dtype
     assert y.shape == (*x.shape[:-1], w_exact.shape[0])
@@ -231,7 +232,7 @@ def assert_within_budget(
     b = None if bias is None else bias.double()
     ref = F.linear(x.double(), w_exact, b)
     terms = F.linear(x.double().abs(), w_exact.abs(), None if b is None else b.abs()).norm() / x.shape[-1] ** 0.5
-    fp32 = 1e-6 * max(terms.item(), ref.norm().item())
+    fp32 = 1e-6 * max(terms.item(), ref.norm().item()) * max(1.0, (16 / y.numel()) ** 0.5)
 
     def error(value: torch.Tensor) -> float:
         return (value.double() - ref).norm().item()
@@ -246,6 +247,16 @@ def assert_within_budget(
 
 
 # ---- calls
+
+
+def scale_parts(weight: PackedWeight) -> dict[str, torch.Tensor]:
+    """Views of what lies one behind the other in ``scale_data``, by the names of the canonical weight."""
+    data = weight.scale_data
+    if data is None:
+        return {}
+    if weight.scale_type is ScaleType.NESTED:
+        return {"nested_offset": data[0], "nested_map": data[1:257], "nested_absmax": data[257:]}
+    return {"tensor_scale": data[0]}
 
 
 def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instance: int = -1) -> torch.Tensor:
@@ -281,7 +292,7 @@ def same_weight(a: QuantizedWeight | PackedWeight, b: QuantizedWeight | PackedWe
 class CxWeight(ctypes.Structure):
     """cx_weight."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("format", ctypes.c_int32),
         ("layout", ctypes.c_int),
         ("scale_type", ctypes.c_int),
@@ -307,7 +318,7 @@ class CxWeight(ctypes.Structure):
 class CxWeightSizes(ctypes.Structure):
     """cx_weight_sizes."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("codes_bytes", ctypes.c_size_t),
         ("scales_bytes", ctypes.c_size_t),
         ("zeros_bytes", ctypes.c_size_t),
@@ -318,7 +329,7 @@ class CxWeightSizes(ctypes.Structure):
 class CxGemmArgs(ctypes.Structure):
     """cx_gemm_args."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("weight", ctypes.POINTER(CxWeight)),
         ("dtype", ctypes.c_int),
         ("m", ctypes.c_int64),
@@ -344,7 +355,9 @@ def c_library() -> ctypes.CDLL:
 
 def c_weight(weight: PackedWeight) -> CxWeight:
     """The struct of a packed weight, whose tensors must outlive it."""
-    pointers = {name: t.data_ptr() for name, t in weight.tensors().items()}
+    parts = scale_parts(weight)
+    tensors = {**weight.tensors(), **parts}
+    pointers = {name: t.data_ptr() for name, t in tensors.items() if name != "scale_data"}
     return CxWeight(
         format=weight.format.id,
         layout=1,
@@ -356,6 +369,6 @@ def c_weight(weight: PackedWeight) -> CxWeight:
         codes_bytes=weight.codes.nbytes,
         scales_bytes=weight.scales.nbytes,
         zeros_bytes=0 if weight.zeros is None else weight.zeros.nbytes,
-        nested_absmax_count=0 if weight.nested_absmax is None else weight.nested_absmax.numel(),
+        nested_absmax_count=parts["nested_absmax"].numel() if "nested_absmax" in parts else 0,
         **pointers,
     )

@@ -66,9 +66,7 @@ def sharded(tmp_path: Path) -> Path:
         file = f"model-0000{i}-of-00002.safetensors"
         save_file({n: model_tensors()[n] for n in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"weights")
     (folder / "onnx" / "model.onnx").write_bytes(b"weights")

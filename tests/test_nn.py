@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import (
+    DTYPES,
     VARIANTS,
     Variant,
     assert_within_budget,
@@ -23,8 +24,8 @@ from conftest import (
 )
 from torch import nn
 
-from pyquant import quantize, quantize_model
-from pyquant.formats import FORMATS, Format
+from pyquant import linear, quantize, quantize_model
+from pyquant.formats import FORMATS, Format, ScaleType
 from pyquant.nn import QuantLinear
 
 PLAIN = VARIANTS[0]
@@ -85,7 +86,8 @@ def test_from_linear_without_bias_and_with_arguments() -> None:
     layer = QuantLinear.from_linear(linear, "nf4", group_size=32, nested=True)
     assert layer.bias is None
     assert layer.weight.group_size == 32
-    assert layer.weight.nested_map is not None
+    assert layer.weight.scale_type is ScaleType.NESTED
+    assert same_weight(layer.weight.unpack(), quantize(linear.weight, "nf4", group_size=32, nested=True))
     assert list(layer.parameters()) == []
 
 
@@ -102,7 +104,7 @@ def test_state_dict_round_trip(variant: Variant) -> None:
     """The canonical weight, under names that do not change; the same bits after loading."""
     layer = make_layer(variant)
     state = layer.state_dict()
-    names = {f"weight.{name}" for name in (*layer.weight.tensors(), "quant_spec")}
+    names = {f"weight.{name}" for name in (*random_weight(variant, 33, 70).tensors(), "quant_spec")}
     assert state.keys() == names | {"bias"}
     other = make_layer(variant, seed=1)
     assert not same_layer(layer, other)
@@ -273,8 +275,25 @@ def test_from_linear_keeps_whether_the_bias_trains() -> None:
 def test_wrong_inputs_name_the_argument() -> None:
     with pytest.raises(RuntimeError, match="gemm: x has K=71, the weight has K=70"):
         make_layer()(torch.randn(5, 71))
-    with pytest.raises(RuntimeError, match="gemm: bias: expected .*Half, got .*Float"):
-        make_layer()(torch.randn(5, 70).half())
+    layer, x = make_layer(), torch.randn(5, 70).half()
+    with pytest.raises(RuntimeError, match=r"gemm: bias: expected .*Half, got .*Float"):
+        linear(x, layer.weight, layer.bias)  # the layer itself casts the bias
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@each_dtype
+def test_a_bias_of_another_dtype(dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
+    """The layer casts its bias to x's dtype, and the bias's gradient comes back in the bias's own."""
+    weight = random_weight(PLAIN, 33, 70)
+    bias = torch.randn(33).to(bias_dtype).requires_grad_()
+    layer, x = QuantLinear.from_quantized(weight, bias), torch.randn(5, 70).to(dtype)
+    y = layer(x)
+    assert_within_budget(y.detach(), x, exact_weight(weight), bias.detach().to(dtype))
+    assert torch.equal(y, linear(x, weight.pack(), bias.detach().to(dtype)))
+    y.sum().backward()
+    assert layer.bias.dtype == bias_dtype
+    assert layer.bias.grad.dtype == bias_dtype
+    assert torch.equal(layer.bias.grad, torch.full((33,), 5.0, dtype=bias_dtype))
 
 
 # ---- quantize_model

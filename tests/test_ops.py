@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from conftest import VARIANTS, Variant, assert_within_budget, each_dtype, exact_weight, make_weight, random_weight
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pyquant import PackedWeight, linear
+from pyquant import PackedWeight, _library, linear
 from pyquant.nn import QuantLinear
-from pyquant.ops import dequantize, op_arguments
+from pyquant.ops import dequantize, encode_spec, op_arguments
 
 OPTIONAL = ("zeros", "codebook", "nested_map", "nested_absmax", "nested_offset", "tensor_scale")
+OPTIONAL_ARGUMENTS = ("zeros", "codebook", "scale_data")  # of the operators, for packed weights
 # One combination for each set of tensors that weights may have.
 REPRESENTATIVES = list(
-    {tuple(sorted(random_weight(v, 1, 64).tensors())) + (v.zero_type,): v for v in reversed(VARIANTS)}.values()
+    {(v.zero_type, *sorted(random_weight(v, 1, 64).tensors())): v for v in reversed(VARIANTS)}.values()
 )
 representatives = pytest.mark.parametrize("variant", REPRESENTATIVES, ids=str)
 GEMM = torch.ops.pyquant.gemm.default
@@ -39,10 +40,41 @@ def packed_and_exact(variant: Variant, n: int = 33, k: int = 70) -> tuple[Packed
 
 
 def test_every_optional_tensor_is_set_and_unset() -> None:
-    present = [set(random_weight(v, 1, 64).tensors()) for v in REPRESENTATIVES]
-    for name in OPTIONAL:
-        assert any(name in names for names in present), name
-        assert any(name not in names for names in present), name
+    weights = [random_weight(v, 1, 64) for v in REPRESENTATIVES]
+    for names, present in [
+        (OPTIONAL, [w.tensors() for w in weights]),
+        (OPTIONAL_ARGUMENTS, [w.pack().tensors() for w in weights]),
+    ]:
+        assert {name for tensors in present for name in tensors} == {"codes", "scales", *names}
+        for name in names:
+            assert any(name in tensors for tensors in present), name
+            assert any(name not in tensors for tensors in present), name
+
+
+def test_schemas() -> None:
+    """Names, types and order of the arguments, which exported programs hold."""
+    tensors = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? scale_data"
+    integers = "SymInt spec, SymInt n, SymInt k"
+    for op, arguments, result in [
+        (GEMM, f"Tensor x, {tensors}, Tensor? bias, {integers}, SymInt instance=-1", "Tensor"),
+        (DEQUANTIZE, f"{tensors}, {integers}, SymInt dtype", "Tensor"),
+        (torch.ops.pyquant.pack.default, f"{tensors}, {integers}", "(Tensor, Tensor, Tensor)"),
+        (torch.ops.pyquant.unpack.default, f"{tensors}, {integers}", "(Tensor, Tensor, Tensor)"),
+    ]:
+        schema = str(op._schema)
+        assert schema == f"{op.name()}({arguments}) -> {result}".replace("SymInt", "int")
+
+
+def test_spec() -> None:
+    """format | scale type << 8 | zero type << 12 | group size << 16: stands in exported programs."""
+    assert VARIANTS
+    for variant in VARIANTS:
+        for group_size in variant.group_sizes(70):
+            weight = random_weight(variant, 33, 70, group_size)
+            packed = weight.pack()
+            spec = variant.format.id + 2**8 * variant.scale_type + 2**12 * variant.zero_type + 2**16 * group_size
+            assert encode_spec(weight) == encode_spec(packed) == spec
+            assert op_arguments(packed)[1] == (spec, 33, 70)
 
 
 @representatives
@@ -209,9 +241,7 @@ def test_compile_with_the_default_backend() -> None:
     """Two calls in a row and nothing else: nothing for Inductor to compile in C++, which would take half a minute."""
     first, _ = packed_and_exact(VARIANTS[0], 33, 70)
     second, _ = packed_and_exact(VARIANTS[0], 5, 33)
-    f: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
-        lambda x: linear(linear(x, first), second), fullgraph=True
-    )
+    f = torch.compile(lambda x: linear(linear(x, first), second), fullgraph=True)
     for x in (torch.randn(3, 70), torch.randn(70, 3).T):
         assert torch.equal(f(x), linear(linear(x, first), second))
 
@@ -244,10 +274,11 @@ def test_autocast_leaves_the_operator_alone() -> None:
     packed, _ = packed_and_exact(VARIANTS[0])
     bias = torch.randn(33)
     x = torch.randn(5, 70)
+    half = linear(x.bfloat16(), packed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(x, packed, bias)
-        assert torch.equal(linear(x.bfloat16(), packed), linear(x.bfloat16(), packed))
-        with pytest.raises(RuntimeError, match="gemm: bias: expected .*BFloat16, got .*Float"):
+        assert torch.equal(linear(x.bfloat16(), packed), half)
+        with pytest.raises(RuntimeError, match=r"gemm: bias: expected .*BFloat16, got .*Float"):
             linear(x.bfloat16(), packed, bias)
     assert y.dtype == torch.float32
     assert torch.equal(y, linear(x, packed, bias))
@@ -257,12 +288,25 @@ def test_autocast_leaves_the_operator_alone() -> None:
 
 
 def call(packed: PackedWeight, x: Any = None, bias: Any = None, **changes: Any) -> torch.Tensor:
-    """The operator with some of its arguments replaced, by name."""
+    """The operator with some of its arguments replaced, by name; fields of the weight change the spec."""
     tensors, spec = op_arguments(packed)
+    fields = {name: changes.pop(name) for name in ("format", "scale_type", "zero_type", "group_size") & changes.keys()}
+    if fields:
+        changes["spec"] = changed_spec(packed, **fields)
     names = [a.name for a in GEMM._schema.arguments]
-    arguments = dict(zip(names, (torch.randn(2, 70) if x is None else x, *tensors, bias, *spec), strict=False))
+    arguments = dict(zip(names, (torch.randn(2, 70) if x is None else x, *tensors, bias, *spec, -1), strict=True))
     assert changes.keys() <= arguments.keys()
     return GEMM(**{**arguments, **changes})
+
+
+def changed_spec(packed: PackedWeight, **fields: int) -> int:
+    """The spec of a weight with other fields, which must fit their 8, 4 and 4 bits; the group size may be any."""
+    old = {"format": packed.format.id, "scale_type": packed.scale_type, "zero_type": packed.zero_type}
+    new = {**old, "group_size": packed.group_size, **fields}
+    assert 0 <= new["format"] < 2**8
+    assert 0 <= new["scale_type"] < 2**4
+    assert 0 <= new["zero_type"] < 2**4
+    return new["format"] + 2**8 * new["scale_type"] + 2**12 * new["zero_type"] + 2**16 * new["group_size"]
 
 
 def variant_with(tensor: str) -> Variant:
@@ -318,41 +362,71 @@ def test_bias_of_any_stride() -> None:
         assert torch.equal(linear(x, packed, bias), linear(x, packed, bias.clone()))
 
 
-@pytest.mark.parametrize("tensor", ["codes", "scales", *OPTIONAL])
-def test_wrong_weight_tensors(tensor: str) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [
+        ("codes", "codes"),
+        ("scales", "scales"),
+        ("zeros", "zeros"),
+        ("codebook", "codebook"),
+        ("scale_data", "nested_map"),
+        ("scale_data", "tensor_scale"),
+    ],
+)
+def test_wrong_weight_tensors(tensor: str, part: str) -> None:
     """Each tensor of a wrong size, dtype, or missing: the message names it, with what was expected and what came."""
-    packed, _ = packed_and_exact(variant_with(tensor), 300, 128)
+    packed, _ = packed_and_exact(variant_with(part), 300, 128)
     good = getattr(packed, tensor)
     flat = good.reshape(-1)
     x = torch.randn(2, 128)
-    size = rf"gemm: (weight\.)?{tensor}(_bytes|_count)?: expected \d+( values)?, got \d+"
+    size = rf"^gemm: (weight\.)?{tensor}(_bytes)?: expected \d+( values)?, got \d+"
     for wrong in (torch.cat([flat, flat[:1]]), flat[:-1]):
-        with pytest.raises(RuntimeError, match=size.replace("gemm", "(cx_)?gemm(_workspace)?")):
+        with pytest.raises(RuntimeError, match=size):
             call(packed, x, **{tensor: wrong})
-    with pytest.raises(RuntimeError, match=rf"gemm: {tensor}: expected .*, got .*Double"):
+    with pytest.raises(RuntimeError, match=rf"^gemm: {tensor}: expected .*, got .*Double"):
         call(packed, x, **{tensor: flat.double()})
-    if tensor in OPTIONAL and not (tensor == "codebook" and not packed.format.needs_codebook):
-        with pytest.raises(RuntimeError, match=rf"weight\.{tensor}: expected a pointer, got NULL"):
+    if flat.numel() > 1:
+        with pytest.raises(RuntimeError, match=rf"^gemm: {tensor}: expected a contiguous .*, got .*non-contiguous"):
+            call(packed, x, **{tensor: torch.stack([flat, flat], dim=1)[:, 0]})
+    if tensor in OPTIONAL_ARGUMENTS and not (tensor == "codebook" and not packed.format.needs_codebook):
+        # Of scale_data, the message names the first part that the format asks for.
+        with pytest.raises(RuntimeError, match=rf"^gemm: weight\.{part}: expected a pointer, got NULL"):
             call(packed, x, **{tensor: None})
 
 
-@pytest.mark.parametrize("tensor", [name for name in OPTIONAL if name != "codebook"])
-def test_unexpected_weight_tensors(tensor: str) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "numel", "message"),
+    [
+        ("zeros", None, r"weight\.zeros: expected NULL for this format.*, got a pointer"),
+        ("scale_data", 1, r"weight\.tensor_scale: expected NULL for this format.*, got a pointer"),
+        ("scale_data", 1 + 256 + 1, r"scale_data: expected \d+ values, got 258"),
+    ],
+)
+def test_unexpected_weight_tensors(tensor: str, numel: int | None, message: str) -> None:
     packed, _ = packed_and_exact(PLAIN)
-    extra = torch.zeros({"zeros": 0, "nested_map": 256, "nested_absmax": 0}.get(tensor, 1) or packed.scales.numel())
-    with pytest.raises(RuntimeError, match=rf"weight\.{tensor}: expected NULL for this format.*, got a pointer"):
+    extra = torch.zeros(numel or packed.scales.numel())
+    with pytest.raises(RuntimeError, match="^gemm: " + message):
         call(packed, **{tensor: extra})
+
+
+def test_unexpected_codebook() -> None:
+    """A codebook format may bring its own; an integer format may not."""
+    packed, _ = packed_and_exact(next(v for v in VARIANTS if v.format.name == "int4"))
+    with pytest.raises(RuntimeError, match=r"^gemm: weight\.codebook: expected NULL.*, got a pointer"):
+        call(packed, codebook=torch.zeros(16))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 99}, r"expected 0\.\.11, got 99"),
-        ({"format": -1}, r"expected 0\.\.11, got -1"),
-        ({"scale_type": 99}, r"scale_type: nf4 expects fp32 or .*, got 99|scales: expected .*Byte"),
-        ({"scale_type": 5}, r"scale_type: nf4 expects fp32 or .*, got e8m0|scales: expected .*Byte"),
-        ({"scale_type": -1}, r"scale_type: nf4 expects fp32 or .*, got -1|scales: expected"),
+        ({"format": 12}, r"expected 0\.\.11, got 12"),
+        ({"format": 255}, r"expected 0\.\.11, got 255"),
+        ({"scale_type": 7}, r"scale_type: nf4 expects fp32 or .*, got 7"),
+        ({"scale_type": 15}, r"scale_type: nf4 expects fp32 or .*, got 15"),
+        ({"scale_type": 5}, r"scale_type: nf4 expects fp32 or .*, got e8m0"),
         ({"zero_type": 9}, r"zero_type: nf4 expects none, got 9"),
+        ({"zero_type": 15}, r"zero_type: nf4 expects none, got 15"),
         ({"zero_type": 1}, r"zero_type: nf4 expects none, got integer"),
         ({"group_size": 48}, r"group_size: nf4 expects 32 or 64 or .*, got 48 \(K=70\)"),
         ({"group_size": 0}, r"group_size: nf4 expects .*, got 0"),
@@ -361,25 +435,51 @@ def test_unexpected_weight_tensors(tensor: str) -> None:
         ({"n": -5}, r"expected N and K in 1\..*, got N=-5"),
         ({"n": 65}, r"codes_bytes: expected \d+, got \d+"),
         ({"n": 2**40}, r"expected N and K in 1\..*, got N=1099511627776"),
-        ({"k": 2**40}, r"gemm: x has K=70, the weight has K=1099511627776"),
-        ({"k": 0}, r"gemm: x has K=70, the weight has K=0"),
+        ({"k": 2**40}, r"expected N and K in 1\..*, got N=33, K=1099511627776"),
+        ({"k": 0}, r"expected N and K in 1\..*, got N=33, K=0"),
+        ({"k": -70}, r"expected N and K in 1\..*, got N=33, K=-70"),
+        ({"k": 71}, r"x has K=70, the weight has K=71"),
     ],
     ids=str,
 )
 def test_wrong_integers(change: dict[str, int], message: str) -> None:
     packed, _ = packed_and_exact(PLAIN)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=rf"^gemm: (weight(\.\w+)?: )?(weight\.)?{message}"):
         call(packed, **change)
 
 
-@pytest.mark.parametrize("name", ["format", "scale_type", "zero_type"])
+def test_errors_carry_the_name_of_their_operator() -> None:
+    """Wrong integers and wrong tensors, the integers first."""
+    packed, _ = packed_and_exact(PLAIN)
+    tensors, (spec, n, k) = op_arguments(packed)
+    wrong = (tensors[0].double(), *tensors[1:])
+    x = torch.randn(2, 70)
+    for name, op, before, after in [
+        ("gemm", GEMM, (x,), lambda *integers: (None, *integers)),
+        ("dequantize", DEQUANTIZE, (), lambda *integers: (*integers, 0)),
+        ("pack", torch.ops.pyquant.pack.default, (), lambda *integers: integers),
+        ("unpack", torch.ops.pyquant.unpack.default, (), lambda *integers: integers),
+    ]:
+        with pytest.raises(RuntimeError, match=rf"^{name}: weight.*, got N=0"):
+            op(*before, *wrong, *after(spec, 0, k))
+        with pytest.raises(RuntimeError, match=rf"^{name}: weight\.group_size: .*, got 48"):
+            op(*before, *wrong, *after(changed_spec(packed, group_size=48), n, k))
+        with pytest.raises(RuntimeError, match=rf"^{name}: codes: expected .*Byte, got .*Double"):
+            op(*before, *wrong, *after(spec, n, k))
+        with pytest.raises(RuntimeError, match=rf"^{name}: weight\.codes_bytes: expected \d+, got 1$"):
+            op(*before, tensors[0][:1], *tensors[1:], *after(spec, n, k))
+
+
+@pytest.mark.parametrize("name", ["instance", "n", "k", "group_size"])
 def test_integers_do_not_wrap(name: str) -> None:
     """2^32 + a valid value is no valid value."""
     packed, _ = packed_and_exact(PLAIN)
-    _, spec = op_arguments(packed)
-    valid = dict(zip(("format", "scale_type", "zero_type"), spec[:3], strict=True))[name]
-    with pytest.raises(RuntimeError, match=re.escape(str(2**32 + valid))):
-        call(packed, **{name: 2**32 + valid})
+    valid = {"instance": (-1, 0), "n": (33,), "k": (70,), "group_size": (64,)}[name]
+    last = len(_library.instances()) - 1
+    for value in (2**32 * sign + v for sign in (1, -1) for v in valid):
+        message = rf"^gemm: instance: expected -1\.\.{last}, got " if name == "instance" else "^gemm: weight.*"
+        with pytest.raises(RuntimeError, match=message + re.escape(str(value))):
+            call(packed, **{name: value})
 
 
 def test_wrong_dtype_of_dequantize() -> None:

@@ -19,6 +19,7 @@ from conftest import (
     random_weight,
     raw,
     same_weight,
+    scale_parts,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,8 +130,14 @@ def test_bytes_are_those_of_the_layout(variant: Variant, n: int, k: int) -> None
         if weight.zeros is not None:
             assert packed.zeros is not None
             assert np.array_equal(integers(packed.zeros), pack_groups(integers(weight.zeros), weight))
-        for name in weight.tensors().keys() - {"codes", "scales", "zeros"}:
-            assert torch.equal(getattr(packed, name), getattr(weight, name))
+        assert (packed.codebook is None) == (weight.codebook is None)
+        if weight.codebook is not None:
+            assert packed.codebook is not None
+            assert torch.equal(packed.codebook, weight.codebook)
+        parts = scale_parts(packed)
+        assert parts.keys() == weight.tensors().keys() - {"codes", "scales", "zeros", "codebook"}
+        assert all(torch.equal(part, getattr(weight, name)) for name, part in parts.items())
+        assert all(t.dim() == 1 and t.is_contiguous() for t in packed.tensors().values())
 
 
 @st.composite
@@ -177,8 +184,12 @@ def test_sizes(variant: Variant) -> None:
             assert library.cx_weight_bytes(ctypes.byref(struct), ctypes.byref(sizes)) == 0
             assert (sizes.codes_bytes, sizes.scales_bytes) == (packed.codes.nbytes, packed.scales.nbytes)
             assert sizes.zeros_bytes == (0 if packed.zeros is None else packed.zeros.nbytes)
-            nested = 0 if packed.nested_absmax is None else packed.nested_absmax.numel()
+            nested = 0 if weight.nested_absmax is None else weight.nested_absmax.numel()
             assert sizes.nested_absmax_count == nested
+            parts = scale_parts(packed)
+            assert sum(t.numel() for t in parts.values()) == (0 if not parts else packed.scale_data.numel())
+            assert ("nested_absmax" in parts) == (nested > 0)
+            assert nested == 0 or parts["nested_absmax"].numel() == nested
 
 
 @each_variant

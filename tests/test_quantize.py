@@ -132,7 +132,8 @@ def test_largest_finite_weights(fmt: Format) -> None:
         try:
             weight = quantize(w, fmt.name, nested=nested, codebook=codebook)
         except ValueError as error:
-            assert re.search(r"quantize: .*cannot hold a scale", str(error))  # noqa: PT017
+            message = r"quantize: nested: expected absmax" if nested else r"quantize: scale_type: .*cannot hold a scale"
+            assert re.match(message, str(error))  # noqa: PT017
         else:
             assert not bool(weight.dequantize().isnan().any()), f"nested={nested}"
             assert bool(weight.decode_scales().isfinite().all()), f"nested={nested}"
@@ -353,6 +354,40 @@ def test_ties_and_zero_blocks_in_bitsandbytes_bytes() -> None:
     assert stored.hex() == ramp + "0123456789abcde" + "f" + "7" * 32 + down * 2
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_e2m1_ties_go_to_the_even_code(name: str) -> None:
+    """OCP rounding, on both sides of zero; a largest value of 6 (and 448 more in NVFP4) makes the scale 1."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    rounded = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
+    block = FORMATS[name].group_size
+    w = torch.zeros(2, 2 * block)
+    w[:, 0], w[:, block] = 6, 6 * 448 if name == "nvfp4" else 6
+    w[0, 1:8], w[1, 1:8] = ties, -ties
+    got = quantize(w, name).dequantize()
+    assert torch.equal(got[0, 1:8], rounded)
+    assert torch.equal(got[1, 1:8], -rounded)
+
+
+def test_mxfp4_scales_are_those_of_ocp() -> None:
+    """The exponent of absmax less that of E2M1's largest number, which is 2."""
+    w = torch.randn(16, 96) * torch.exp2(torch.arange(16.0)[:, None] - 8)
+    w[0, :32] = 0.5  # a power of two is its own exponent
+    weight = quantize(w, "mxfp4")
+    absmax = absmax_of_blocks(w, weight)
+    assert np.array_equal(weight.scales.numpy().reshape(-1), np.floor(np.log2(absmax)) - 2 + 127)
+
+
+def test_nvfp4_scales_use_the_range_of_e4m3() -> None:
+    """The largest block has scale 448; the others absmax / 6, rounded to E4M3 (half a step: 1/16)."""
+    w = torch.randn(16, 96) * torch.exp2(torch.arange(16.0)[:, None] / 4)
+    weight = quantize(w, "nvfp4")
+    assert weight.tensor_scale is not None
+    assert abs(weight.tensor_scale.item() * 6 * 448 / w.abs().max().item() - 1) < 1e-6
+    assert weight.scales.max().item() == 0x7E
+    wanted = absmax_of_blocks(w, weight) / 6
+    assert bool((np.abs(exact_scales(weight) / wanted - 1) <= 1 / 16).all())
+
+
 # ---- bad input
 
 
@@ -447,7 +482,7 @@ def test_bits_per_weight_and_repr(variant: Variant) -> None:
 
 
 def test_bits_per_weight_of_known_formats() -> None:
-    """The figures of bitsandbytes at block size 64: 4.5, and 4.127 nested (the map's 1 KB vanishes in a large weight)."""
+    """bitsandbytes at block size 64: 4.5, and 4.127 nested (the map's 1 KB vanishes in a large weight)."""
     w = torch.randn(512, 4096)
     assert quantize(w, "nf4").bits_per_weight == 4.5
     assert abs(quantize(w, "nf4", nested=True).bits_per_weight - 4.127) < 0.005

@@ -63,9 +63,22 @@ def test_e4m4_encodes_to_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("value", "code"),
-    [(0.0, 0), (31.0, 255), (31.49, 255), (32.0, 255), (33.0, 255), (100.0, 255), (1.0, 0xB0), (2.0**-10, 16)]
-    # A mantissa of 31.5/32 carries: bitsandbytes clamps it to 15/16.
-    + [(2 - 1 / 64, 0xC0), (1 - 1 / 128, 0xB0), (15.5 * 2.0**-14, 16), (2.0**-15, 0), (1.5 * 2.0**-14, 2)],
+    [
+        (0.0, 0),
+        (31.0, 255),
+        (31.49, 255),
+        (32.0, 255),
+        (33.0, 255),
+        (100.0, 255),
+        (1.0, 0xB0),
+        (2.0**-10, 16),
+        # A mantissa of 31.5/32 carries: bitsandbytes clamps it to 15/16.
+        (2 - 1 / 64, 0xC0),
+        (1 - 1 / 128, 0xB0),
+        (15.5 * 2.0**-14, 16),
+        (2.0**-15, 0),
+        (1.5 * 2.0**-14, 2),
+    ],
 )
 def test_e4m4_known_codes(value: float, code: int) -> None:
     assert encode_absmax_e4m4(torch.tensor([value])).item() == code

@@ -7,6 +7,9 @@
 #include "kernels/cpu/inline.hpp"
 #include "kernels/decode.hpp"
 
+// Every function that passes these vectors is inlined, so their calling convention does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace cutlass_ext::cpu::portable {
 
 struct Isa {
@@ -162,7 +165,10 @@ struct Isa {
   template <int kFirst>
   static CX_INLINE I words_from(I a, I b) {
     I c;
-    for (int i = 0; i < 16; ++i) c[i] = (i % 4 < 2 ? a : b)[i / 4 * 4 + i % 2 * 2 + kFirst];
+    for (int i = 0; i < 16; ++i) {
+      const int word = i / 4 * 4 + i % 2 * 2 + kFirst;
+      c[i] = i % 4 < 2 ? a[word] : b[word];
+    }
     return c;
   }
 };

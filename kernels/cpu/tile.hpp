@@ -84,9 +84,16 @@ static void pack_tokens(const GemmProblem& p, int64_t token, int64_t count, int6
     typename Isa::I columns[kVector];
     for (int j = 0; j < kVector; ++j) columns[j] = Isa::load_words(rows[j]);
     Isa::transpose(columns);
-    memcpy(rows, columns, sizeof rows);
-    for (int j = 0; j < kVector; ++j)
-      memcpy(out + (i + j) * count, rows[j], static_cast<size_t>(count) * sizeof(float));
+    // Whole vectors: what they write beyond their k is overwritten by the next ones, until the end of the tile.
+    for (int j = 0; j < kVector; ++j) {
+      float* column = out + (i + j) * count;
+      memcpy(rows[0], &columns[j], sizeof rows[0]);
+      if ((kTileK - i - j) * count >= kVector) {
+        Isa::store(column, Isa::load(rows[0]));
+      } else {
+        for (int64_t t = 0; t < count; ++t) column[t] = rows[0][t];
+      }
+    }
   }
 }
 
@@ -176,6 +183,11 @@ static void multiply_panel(const float* x, const float* panel, int64_t depth, bo
   for (int token = 0; token < kTokens; ++token) acc[token][0] = acc[token][1] = Isa::zero();
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
+    // The panel comes from the L2 cache while x stays in L1, and the next tokens come from L3. Asking for both ahead of
+    // time: 142 instead of 152 ms (4096 x 4096, M = 1024, 2 threads of a Cascade Lake, 2026-11-21).
+    __builtin_prefetch(panel + (k + 8) * kPanelRows);
+    __builtin_prefetch(panel + (k + 8) * kPanelRows + kVector);
+    __builtin_prefetch(x + (k + kTileK) * kTokens, 0, 2);
     const F low = Isa::load(panel + k * kPanelRows);
     const F high = Isa::load(panel + k * kPanelRows + kVector);
 #pragma GCC unroll 16

@@ -24,8 +24,8 @@ constexpr bool matches(ALayout a, int rows, int warp) {
 }
 
 using Mma = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-using Wgmma = cute::MMA_Traits<cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
-                                                                              cute::SM90::GMMA::Major::K>>;
+using Wgmma = cute::MMA_Traits<
+    cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>>;
 
 static_assert(matches(Mma::ALayout{}, layout::kAtomRows, 0), "layout.hpp: an atom is no A fragment of mma.m16n8k16");
 static_assert(matches(Wgmma::ALayout{}, layout::kBlockRows, 0) && matches(Wgmma::ALayout{}, layout::kBlockRows, 1) &&

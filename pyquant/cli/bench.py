@@ -17,9 +17,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class _Shape(click.ParamType):
     name = "NxK"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         n, _, k = str(value).partition("x")
@@ -51,17 +49,13 @@ def _row(m: Measurement, base: float) -> dict[str, object]:
               show_default=True, help="Tokens; repeatable.")  # fmt: skip
 @click.option("--format", "formats", multiple=True, default=("nf4", "nf4-nested", "int4"), show_default=True,
               help="A format name, or one with -nested; repeatable.")  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Of x and y."
-)
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Of x and y.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default if not given.")
 @click.option("--hot", is_flag=True, help="Use one copy of the weight, so that it may stay in the cache.")
 @click.option("--seconds", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
               help="Time for each provider of each row.")  # fmt: skip
 @click.option("--overhead", is_flag=True, help="Measure the host's cost of a call instead.")
-@click.option(
-    "--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here."
-)
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def bench(
     shapes: tuple[tuple[int, int], ...],

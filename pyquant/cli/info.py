@@ -104,9 +104,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
                 )
             else:
                 dtype = str(value.dtype).removeprefix("torch.")
-                tensors.append(
-                    {"name": name, "dtype": dtype, "shape": list(value.shape), "bytes": value.nbytes}
-                )
+                tensors.append({"name": name, "dtype": dtype, "shape": list(value.shape), "bytes": value.nbytes})
         return {
             "file": str(path),
             "checked": all(shard.checked for shard in model.shards),

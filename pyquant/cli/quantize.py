@@ -115,9 +115,7 @@ def quantize(
         selection = Selection(include, exclude)
         weights = {name: model.peek(name) for name in model}
         layers = {
-            name: _Layer(name, list(w.shape), w.nbytes)
-            for name, w in weights.items()
-            if selection.picks(name, w)
+            name: _Layer(name, list(w.shape), w.nbytes) for name, w in weights.items() if selection.picks(name, w)
         }
         if not layers:
             raise ValueError(f"{source}: no tensor to quantize among {len(weights)}")
@@ -166,9 +164,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise click.UsageError(f"OUT: {target.parent}: no such folder")
 
 
-def _quantize_layer(
-    arguments: dict[str, Any], device: str, name: str, weight: torch.Tensor
-) -> QuantizedWeight:
+def _quantize_layer(arguments: dict[str, Any], device: str, name: str, weight: torch.Tensor) -> QuantizedWeight:
     try:
         quantized: QuantizedWeight = quantize_weight(weight.to(device), **arguments).to("cpu")
     except ValueError as error:
@@ -202,9 +198,7 @@ def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer
     return sum((target / shard.path.name).stat().st_size for shard in model.shards)
 
 
-def _write_shard(
-    shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer
-) -> None:
+def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> None:
     # Copied tensors are mapped from the source; only the quantized ones are held in memory.
     tensors: dict[str, torch.Tensor | QuantizedWeight] = {name: shard.peek(name) for name in shard}
     for name in output.progress([name for name in shard if name in layers], f"Quantizing {shard.path.name}"):
@@ -225,9 +219,7 @@ def _move_folder(staging: Path, target: Path) -> None:
     files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.name == INDEX_FILE, f))
     stale = {f.name for f in target.glob("*.safetensors*")} - {f.name for f in files}
     if stale:
-        raise ValueError(
-            f"{target}: holds weights that are not part of the output: {', '.join(sorted(stale))}"
-        )
+        raise ValueError(f"{target}: holds weights that are not part of the output: {', '.join(sorted(stale))}")
     for file in files:
         place = target / file.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)

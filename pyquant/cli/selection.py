@@ -24,12 +24,7 @@ class Selection:
 
     def picks(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether the tensor is to be quantized."""
-        if (
-            not name.endswith(".weight")
-            or tensor.dim() != 2
-            or tensor.dtype not in _DTYPES
-            or tensor.numel() == 0
-        ):
+        if not name.endswith(".weight") or tensor.dim() != 2 or tensor.dtype not in _DTYPES or tensor.numel() == 0:
             return False
         if any(fnmatchcase(name, glob) for glob in self.exclude):
             return False

@@ -156,10 +156,13 @@ struct Canonical {
         const int e = scales[at] >> 3 & 15, m = scales[at] & 7;
         return (e == 0 ? std::ldexp(m, -9) : std::ldexp(8 + m, e - 10)) * static_cast<double>(tensor_scale);
       }
-      case CX_SCALE_E8M0: return std::ldexp(1.0, scales[at] - 127);
+      case CX_SCALE_E8M0:
+        return std::ldexp(1.0, scales[at] - 127);
       case CX_SCALE_NESTED:
-        return static_cast<double>(map[scales[at]]) * static_cast<double>(absmax[at / 256]) + static_cast<double>(offset);
-      default: return stored_float(scales, i);
+        return static_cast<double>(map[scales[at]]) * static_cast<double>(absmax[at / 256]) +
+               static_cast<double>(offset);
+      default:
+        return stored_float(scales, i);
     }
   }
 
@@ -172,7 +175,8 @@ struct Canonical {
     }
     const int64_t i = block(n, k);
     double q = code;
-    if (format.is_codebook) q = static_cast<double>(format.codebook != nullptr ? format.codebook[code] : codebook[code]);
+    if (format.is_codebook)
+      q = static_cast<double>(format.codebook != nullptr ? format.codebook[code] : codebook[code]);
     if (format.is_signed && (code >> (format.bits - 1)) != 0) q -= 1 << format.bits;
     if (w.zero_type == CX_ZERO_INTEGER) q -= zeros[static_cast<size_t>(i)];
     if (w.zero_type == CX_ZERO_FLOAT) q -= stored_float(zeros, i);
@@ -200,8 +204,8 @@ struct Buffers {
   }
 };
 
-void check_gemm(const cx_weight& packed, const std::vector<double>& exact, int64_t m,
-                bool bf16, int instance, const std::string& name) {
+void check_gemm(const cx_weight& packed, const std::vector<double>& exact, int64_t m, bool bf16, int instance,
+                const std::string& name) {
   const int64_t n = packed.n, k = packed.k, ldx = k + 3, ldy = n + 5;
   const size_t element = bf16 ? 2 : 4;
   std::vector<float> x(static_cast<size_t>((m - 1) * ldx + k)), bias(static_cast<size_t>(n));

@@ -30,8 +30,8 @@ extern "C" {
 
 typedef enum cx_status {
   CX_OK = 0,
-  CX_INVALID_ARGUMENT = 1,   /* a wrong shape, size, type or pointer */
-  CX_NOT_SUPPORTED = 2,      /* a valid request that this build or this machine has no kernel for */
+  CX_INVALID_ARGUMENT = 1, /* a wrong shape, size, type or pointer */
+  CX_NOT_SUPPORTED = 2,    /* a valid request that this build or this machine has no kernel for */
   CX_WORKSPACE_TOO_SMALL = 3,
   CX_INTERNAL = 4
 } cx_status;
@@ -46,10 +46,10 @@ typedef enum cx_scale_type {
   CX_SCALE_FP32 = 0,
   CX_SCALE_FP16 = 1,
   CX_SCALE_BF16 = 2,
-  CX_SCALE_E4M4 = 3,   /* uint8 */
-  CX_SCALE_E4M3 = 4,   /* uint8 */
-  CX_SCALE_E8M0 = 5,   /* uint8 */
-  CX_SCALE_NESTED = 6  /* uint8 index into nested_map */
+  CX_SCALE_E4M4 = 3,  /* uint8 */
+  CX_SCALE_E4M3 = 4,  /* uint8 */
+  CX_SCALE_E8M0 = 5,  /* uint8 */
+  CX_SCALE_NESTED = 6 /* uint8 index into nested_map */
 } cx_scale_type;
 
 typedef enum cx_zero_type {
@@ -107,8 +107,8 @@ typedef struct cx_format_info {
   int32_t is_signed;
   int32_t flat_blocks;
   int32_t tensor_scale;
-  uint32_t scale_types; /* bit i: cx_scale_type i is allowed */
-  uint32_t zero_types;  /* bit i: cx_zero_type i is allowed */
+  uint32_t scale_types;  /* bit i: cx_scale_type i is allowed */
+  uint32_t zero_types;   /* bit i: cx_zero_type i is allowed */
   const float* codebook; /* 2^bits values, or NULL: integers, or the weight brings its own */
 } cx_format_info;
 
@@ -124,15 +124,15 @@ typedef struct cx_gemm_args {
   int64_t m;               /* tokens; 0 is allowed */
   const void* x;           /* [M, K] */
   int64_t ldx;
-  void* y;                 /* [M, N] */
+  void* y; /* [M, N] */
   int64_t ldy;
-  const void* bias;        /* [N] or NULL */
+  const void* bias; /* [N] or NULL */
   cx_device device;
-  void* stream;            /* cudaStream_t; ignored on the CPU */
-  void* workspace;         /* at least cx_gemm_workspace bytes, 64-byte aligned */
+  void* stream;    /* cudaStream_t; ignored on the CPU */
+  void* workspace; /* at least cx_gemm_workspace bytes, 64-byte aligned */
   size_t workspace_bytes;
-  int32_t instance;        /* an index below cx_instance_count, or -1: the dispatch chooses */
-  int32_t threads;         /* CPU threads; 0: as many as OpenMP gives */
+  int32_t instance; /* an index below cx_instance_count, or -1: the dispatch chooses */
+  int32_t threads;  /* CPU threads; 0: as many as OpenMP gives */
 } cx_gemm_args;
 
 /* major * 10000 + minor * 100 + patch of the library. */
