@@ -180,9 +180,8 @@ Workspace& thread_workspace() {
 #define CX_TENSOR_SCHEMA "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? scale_data, "
 #define CX_SPEC_SCHEMA "int spec, int n, int k"
 
-Tensor gemm(const Tensor& x_in, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS,
-            int64_t instance) {
-  const cx_weight weight = to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS);
+Tensor run_gemm(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias, int32_t instance) {
+  const int64_t n = weight.n, k = weight.k;
   const int64_t dims = x_in.dim();
   if (dims > Shape::kMaxDims) fail("gemm: x: expected at most 16 dimensions, got " + std::to_string(dims));
   if (dims < 1 || x_in.size(dims - 1) != k) {
@@ -213,10 +212,6 @@ Tensor gemm(const Tensor& x_in, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias
     check_tensor("gemm", "bias", *dense_bias, x.scalar_type());
     args.bias = dense_bias->const_data_ptr();
   }
-  if (instance < -1 || instance >= cx_instance_count()) {
-    fail("gemm: instance: expected -1.." + std::to_string(cx_instance_count() - 1) + ", got " +
-         std::to_string(instance));
-  }
   Tensor y = empty(shape, x.scalar_type());
   if (m == 0) return y;
   args.m = m;
@@ -225,7 +220,7 @@ Tensor gemm(const Tensor& x_in, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias
   args.y = y.mutable_data_ptr();
   args.ldy = n;
   args.device = CX_CPU;
-  args.instance = static_cast<int32_t>(instance);
+  args.instance = instance;
   args.threads = static_cast<int32_t>(torch::stable::get_num_threads());
   // Most calls fit in the workspace of the thread's last one; asking first would check everything twice.
   Workspace& workspace = thread_workspace();
@@ -242,6 +237,19 @@ Tensor gemm(const Tensor& x_in, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias
   }
   check("gemm", status);
   return y;
+}
+
+Tensor gemm(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
+  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS), bias, -1);
+}
+
+Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS,
+                     int64_t instance) {
+  if (instance < 0 || instance >= cx_instance_count()) {
+    fail("gemm: instance: expected 0.." + std::to_string(cx_instance_count() - 1) + ", got " +
+         std::to_string(instance));
+  }
+  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS), bias, static_cast<int32_t>(instance));
 }
 
 Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
@@ -290,7 +298,9 @@ std::tuple<Tensor, Tensor, Tensor> unpack(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETE
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pyquant, m) {
-  m.def("gemm(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ", int instance=-1) -> Tensor");
+  m.def("gemm(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ") -> Tensor");
+  // A kernel of the caller's choice, for tests and profiling. Not an argument of gemm, where it would cost every call.
+  m.def("gemm_instance(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ", int instance) -> Tensor");
   m.def("dequantize(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ", int dtype) -> Tensor");
   m.def("pack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
   m.def("unpack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
@@ -298,6 +308,7 @@ STABLE_TORCH_LIBRARY(pyquant, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyquant, CPU, m) {
   m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_instance", TORCH_BOX(&gemm_instance));
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));

@@ -260,9 +260,11 @@ def scale_parts(weight: PackedWeight) -> dict[str, torch.Tensor]:
 
 
 def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instance: int = -1) -> torch.Tensor:
-    """The operator, with a forced kernel instance."""
+    """The operator; with a forced kernel instance if one is given."""
     tensors, spec = op_arguments(weight)
-    return torch.ops.pyquant.gemm(x, *tensors, bias, *spec, instance)
+    if instance == -1:
+        return torch.ops.pyquant.gemm(x, *tensors, bias, *spec)
+    return torch.ops.pyquant.gemm_instance(x, *tensors, bias, *spec, instance)
 
 
 def gemm_instances() -> dict[int, str]:

@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, Variant, assert_within_budget, each_dtype, exact_weight, make_weight, random_weight
+from conftest import (
+    VARIANTS,
+    Variant,
+    assert_within_budget,
+    each_dtype,
+    exact_weight,
+    gemm_instances,
+    make_weight,
+    random_weight,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pyquant import PackedWeight, _library, linear
+from pyquant import PackedWeight, linear
 from pyquant.nn import QuantLinear
 from pyquant.ops import dequantize, encode_spec, op_arguments
 
@@ -24,6 +33,7 @@ REPRESENTATIVES = list(
 )
 representatives = pytest.mark.parametrize("variant", REPRESENTATIVES, ids=str)
 GEMM = torch.ops.pyquant.gemm.default
+GEMM_INSTANCE = torch.ops.pyquant.gemm_instance.default
 DEQUANTIZE = torch.ops.pyquant.dequantize.default
 
 
@@ -56,7 +66,8 @@ def test_schemas() -> None:
     tensors = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? scale_data"
     integers = "SymInt spec, SymInt n, SymInt k"
     for op, arguments, result in [
-        (GEMM, f"Tensor x, {tensors}, Tensor? bias, {integers}, SymInt instance=-1", "Tensor"),
+        (GEMM, f"Tensor x, {tensors}, Tensor? bias, {integers}", "Tensor"),
+        (GEMM_INSTANCE, f"Tensor x, {tensors}, Tensor? bias, {integers}, SymInt instance", "Tensor"),
         (DEQUANTIZE, f"{tensors}, {integers}, SymInt dtype", "Tensor"),
         (torch.ops.pyquant.pack.default, f"{tensors}, {integers}", "(Tensor, Tensor, Tensor)"),
         (torch.ops.pyquant.unpack.default, f"{tensors}, {integers}", "(Tensor, Tensor, Tensor)"),
@@ -99,7 +110,8 @@ def test_opcheck_gemm_dtypes_and_strides(dtype: torch.dtype) -> None:
     tensors, spec = op_arguments(packed)
     base = torch.randn(6, 80).to(dtype)
     for x in (base[:, :70], base[:0, :70], torch.randn(70, 5).to(dtype).T, base[:1, :70].expand(4, 70)):
-        torch.library.opcheck(GEMM, (x, *tensors, None, *spec), {"instance": -1})
+        torch.library.opcheck(GEMM, (x, *tensors, None, *spec))
+        torch.library.opcheck(GEMM_INSTANCE, (x, *tensors, None, *spec, next(iter(gemm_instances()))))
         real = GEMM(x, *tensors, None, *spec)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = GEMM(mode.from_tensor(x), *tensors, None, *spec)
@@ -294,7 +306,7 @@ def call(packed: PackedWeight, x: Any = None, bias: Any = None, **changes: Any) 
     if fields:
         changes["spec"] = changed_spec(packed, **fields)
     names = [a.name for a in GEMM._schema.arguments]
-    arguments = dict(zip(names, (torch.randn(2, 70) if x is None else x, *tensors, bias, *spec, -1), strict=True))
+    arguments = dict(zip(names, (torch.randn(2, 70) if x is None else x, *tensors, bias, *spec), strict=True))
     assert changes.keys() <= arguments.keys()
     return GEMM(**{**arguments, **changes})
 
@@ -470,15 +482,13 @@ def test_errors_carry_the_name_of_their_operator() -> None:
             op(*before, tensors[0][:1], *tensors[1:], *after(spec, n, k))
 
 
-@pytest.mark.parametrize("name", ["instance", "n", "k", "group_size"])
+@pytest.mark.parametrize("name", ["n", "k", "group_size"])
 def test_integers_do_not_wrap(name: str) -> None:
     """2^32 + a valid value is no valid value."""
     packed, _ = packed_and_exact(PLAIN)
-    valid = {"instance": (-1, 0), "n": (33,), "k": (70,), "group_size": (64,)}[name]
-    last = len(_library.instances()) - 1
-    for value in (2**32 * sign + v for sign in (1, -1) for v in valid):
-        message = rf"^gemm: instance: expected -1\.\.{last}, got " if name == "instance" else "^gemm: weight.*"
-        with pytest.raises(RuntimeError, match=message + re.escape(str(value))):
+    valid = {"n": 33, "k": 70, "group_size": 64}[name]
+    for value in (2**32 + valid, valid - 2**32):
+        with pytest.raises(RuntimeError, match="^gemm: weight.*" + re.escape(str(value))):
             call(packed, **{name: value})
 
 

@@ -7,9 +7,6 @@
 #include "kernels/cpu/inline.hpp"
 #include "kernels/decode.hpp"
 
-// Every function that passes these vectors is inlined, so their calling convention does not matter.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace cutlass_ext::cpu::portable {
 
 struct Isa {
