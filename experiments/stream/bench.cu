@@ -1,0 +1,413 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include "bench.hpp"
+#define CK(x) do { cudaError_t e_ = (x); if (e_ != cudaSuccess) { printf("CUDA error %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_)); exit(1); } } while (0)
+std::vector<Entry>& registry() { static std::vector<Entry> r; return r; }
+
+__host__ __device__ inline uint32_t hash(uint64_t a) {
+  a ^= a >> 33; a *= 0xff51afd7ed558ccdULL; a ^= a >> 33; a *= 0xc4ceb9fe1a85ec53ULL; a ^= a >> 33;
+  return uint32_t(a);
+}
+__device__ inline float gauss(uint64_t i) {
+  float u = (hash(2 * i) + 1.f) * 2.3283064e-10f, v = hash(2 * i + 1) * 2.3283064e-10f;
+  return sqrtf(-2 * logf(fminf(u, 1.f))) * cosf(6.2831853f * v);
+}
+__device__ inline int code_of(int64_t n, int64_t k, int64_t K, uint32_t seed) { return hash((uint64_t(seed) << 44) + n * K + k) & 15; }
+
+struct Problem {
+  int n, k, m, group; bool codebook; int bias; int scale_type, zero_type, dtype; bool has_bias; int ldx; uint32_t seed; int xoff;
+  int size() const { return size_of(ScaleType(scale_type)); }
+  int zsize() const { return zero_size(ZeroType(zero_type), ScaleType(scale_type)); }
+};
+struct Dev { uint8_t *codes, *scales, *zeros; float *codebook, *map, *absmax; void *x, *bias; double* ref; double* base; int64_t code_bytes, scale_bytes, zero_bytes, absmax_count; };
+
+__global__ void pack_codes(uint32_t* out, int64_t N, int64_t K, uint32_t seed, int order) {
+  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= N * K) return;
+  int64_t n = i / K, k = i % K;
+  auto f = layout::fragment_of(int(n % 16), int(k % 64));
+  auto a = layout::plane_address(f, 4, 0, order ? layout::CodeOrder::kPairs : layout::CodeOrder::kHalves);
+  int64_t byte = layout::atom_offset(n, k, K, 4) + a.byte;
+  atomicOr(out + byte / 4, uint32_t(code_of(n, k, K, seed)) << (8 * (byte % 4) + a.shift));
+}
+__global__ void make_scales(Problem p, uint8_t* s, uint8_t* z) {
+  int64_t gpr = layout::ceil_div(p.k, p.group);
+  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= int64_t(p.n) * gpr) return;
+  int64_t n = i / gpr, g = i % gpr, at = layout::packed_scale_index(n, g, p.k, p.group);
+  float v = 0.01f + 0.03f * (hash(i * 3 + 7 + p.seed) * 2.3283064e-10f);
+  uint32_t h = hash(i * 5 + 1 + p.seed);
+  switch (ScaleType(p.scale_type)) {
+    case ScaleType::kFp32: ((float*)s)[at] = v; break;
+    case ScaleType::kFp16: ((__half*)s)[at] = __half(v); break;
+    case ScaleType::kBf16: ((__nv_bfloat16*)s)[at] = __nv_bfloat16(v); break;
+    case ScaleType::kE4M4: s[at] = h % 256; break;
+    case ScaleType::kE4M3: s[at] = h % 127; break;
+    case ScaleType::kE8M0: s[at] = 120 + h % 10; break;
+    case ScaleType::kNested: s[at] = h % 256; break;
+  }
+  if (p.zero_type == 1) z[at] = h / 256 % 16;
+  if (p.zero_type == 2) {
+    float zz = 7.5f + 2.f * gauss(i + 99);
+    if (p.scale_type == 0) ((float*)z)[at] = zz; else if (p.scale_type == 1) ((__half*)z)[at] = __half(zz); else ((__nv_bfloat16*)z)[at] = __nv_bfloat16(zz);
+  }
+}
+__device__ inline double rnd(double v, int dtype) { return dtype ? double(float(__half(float(v)))) : double(float(__nv_bfloat16(float(v)))); }
+__device__ inline double dec(double sign, const uint8_t* s, int type, int64_t at) {
+  switch (ScaleType(type)) {
+    case ScaleType::kFp32: return ((const float*)s)[at];
+    case ScaleType::kFp16: return float(((const __half*)s)[at]);
+    case ScaleType::kBf16: return float(((const __nv_bfloat16*)s)[at]);
+    case ScaleType::kE4M4: { int c = s[at]; return c < 16 ? ldexp(double(c), -14) : ldexp(1 + (c & 15) / 16.0, (c >> 4) - 11); }
+    case ScaleType::kE4M3: { int c = s[at] & 127; return c < 8 ? ldexp(c / 8.0, -6) : ldexp(1 + (c & 7) / 8.0, (c >> 3) - 7); }
+    case ScaleType::kE8M0: return ldexp(1.0, s[at] - 127);
+    default: return 0;
+  }
+}
+__global__ void reference(Problem p, Dev d, float offset, float tensor_scale, double* ref, double* base) {
+  int64_t n = blockIdx.x, gpr = layout::ceil_div(p.k, p.group);
+  double acc[16], accb[16];
+  for (int m = 0; m < 16; ++m) acc[m] = accb[m] = 0;
+  for (int64_t k = threadIdx.x; k < p.k; k += blockDim.x) {
+    int64_t g = k / p.group, at = layout::packed_scale_index(n, g, p.k, p.group);
+    double s;
+    if (p.scale_type == int(ScaleType::kNested)) s = __fadd_rn(__fmul_rn(d.map[d.scales[at]], d.absmax[(n * gpr + g) >> 8]), offset);
+    else s = dec(1, d.scales, p.scale_type, at);
+    s *= tensor_scale;
+    int c = code_of(n, k, p.k, p.seed);
+    double w;
+    if (p.codebook) w = d.codebook[c] * s;
+    else {
+      double z = p.zero_type == 0 ? 0.0 : p.zero_type == 1 ? double(d.zeros[at]) : dec(1, d.zeros, p.scale_type, at);
+      w = (c - p.bias - z) * s;
+    }
+    double wb = rnd(w, p.dtype);
+    for (int m = 0; m < p.m; ++m) {
+      int64_t xi = p.xoff + int64_t(m) * p.ldx + k;
+      double x = p.dtype ? double(float(((const __half*)d.x)[xi])) : double(float(((const __nv_bfloat16*)d.x)[xi]));
+      acc[m] += x * w; accb[m] += x * wb;
+    }
+  }
+  __shared__ double sm[2][256];
+  for (int m = 0; m < p.m; ++m) {
+    sm[0][threadIdx.x] = acc[m]; sm[1][threadIdx.x] = accb[m];
+    __syncthreads();
+    for (int o = 128; o; o /= 2) { if (threadIdx.x < o) { sm[0][threadIdx.x] += sm[0][threadIdx.x + o]; sm[1][threadIdx.x] += sm[1][threadIdx.x + o]; } __syncthreads(); }
+    if (threadIdx.x == 0) {
+      double b = 0;
+      if (p.has_bias) b = p.dtype ? double(float(((const __half*)d.bias)[n])) : double(float(((const __nv_bfloat16*)d.bias)[n]));
+      ref[int64_t(m) * p.n + n] = sm[0][0] + b;
+      base[int64_t(m) * p.n + n] = rnd(sm[1][0] + b, p.dtype);
+    }
+    __syncthreads();
+  }
+}
+__global__ void fill_gauss(void* x, int64_t count, int dtype, float s, uint32_t seed) {
+  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < count) { if (dtype) ((__half*)x)[i] = __half(s * gauss(i + (uint64_t(seed) << 40))); else ((__nv_bfloat16*)x)[i] = __nv_bfloat16(s * gauss(i + (uint64_t(seed) << 40))); }
+}
+// sums: |y - ref|^2, |base - ref|^2, |ref|^2, count of non-finite
+__global__ void compare(const void* y, int64_t ldy, int m, int n, int dtype, const double* ref, const double* base, double* out) {
+  double a = 0, b = 0, c = 0, bad = 0;
+  for (int64_t i = threadIdx.x + blockIdx.x * int64_t(blockDim.x); i < int64_t(m) * n; i += int64_t(blockDim.x) * gridDim.x) {
+    int64_t t = i / n, j = i % n;
+    double v = dtype ? double(float(((const __half*)y)[t * ldy + j])) : double(float(((const __nv_bfloat16*)y)[t * ldy + j]));
+    if (!isfinite(v)) bad += 1; else a += (v - ref[i]) * (v - ref[i]);
+    b += (base[i] - ref[i]) * (base[i] - ref[i]); c += ref[i] * ref[i];
+  }
+  atomicAdd(out, a); atomicAdd(out + 1, b); atomicAdd(out + 2, c); atomicAdd(out + 3, bad);
+}
+__global__ void check_guard(const uint16_t* y, int m, int n, int64_t ldy, double* bad) {  // columns n..ldy-1 must still be poison
+  for (int64_t i = threadIdx.x; i < int64_t(m) * (ldy - n); i += blockDim.x) if (y[i / (ldy - n) * ldy + n + i % (ldy - n)] != 0xFFFF) atomicAdd(bad, 1.0);
+}
+template <int U> __global__ void __launch_bounds__(512) read_floor(const uint4* p, int64_t count, int* sink) {
+  uint4 a{0, 0, 0, 0};
+  int64_t per = (count + gridDim.x - 1) / gridDim.x, b = blockIdx.x * per, e = min(b + per, count);
+  for (int64_t i = b + threadIdx.x; i < e; i += blockDim.x * U) {
+    uint4 v[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) v[u] = i + u * blockDim.x < e ? __ldcs(p + i + u * blockDim.x) : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int u = 0; u < U; ++u) { a.x ^= v[u].x; a.y ^= v[u].y; a.z ^= v[u].z; a.w ^= v[u].w; }
+  }
+  if ((a.x ^ a.y ^ a.z ^ a.w) == 0x12345678) *sink = 1;
+}
+static const float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+static const float kOffset = 0.02f;
+
+static int64_t up(int64_t v) { return (v + 255) / 256 * 256; }
+static Params params_of(const Problem& q, const Dev& d) {
+  Params p{};
+  p.codes = d.codes; p.scales = d.scales; p.zeros = q.zero_type ? d.zeros : nullptr; p.codebook = d.codebook; p.nested_map = d.map; p.nested_absmax = d.absmax;
+  p.x = (const char*)d.x + 2 * q.xoff; p.bias = q.has_bias ? d.bias : nullptr; p.ldx = q.ldx;
+  p.k_blocks = int(layout::blocks_along_k(q.k)); p.slabs = int(layout::slabs(q.n)); p.atoms = p.slabs * 4;
+  p.slab_units = p.k_blocks * 128;
+  p.scale_size = q.size(); p.zero_size = q.zsize(); p.scale_type = q.scale_type; p.zero_type = q.zero_type;
+  int64_t pg = layout::packed_groups(q.k, q.group);
+  p.slab_scale_units = pg * 4 * p.scale_size; p.slab_zero_units = pg * 4 * p.zero_size;
+  p.groups = int(layout::ceil_div(q.k, q.group));
+  p.group_shift = 0;
+  if (q.group >= q.k) p.group_shift = 31; else while ((64 << p.group_shift) < q.group) ++p.group_shift;
+  p.nested_offset = kOffset; p.tensor_scale = 1; p.code_bias = float(q.bias);
+  p.m = q.m; p.n = q.n; p.k = q.k;
+  p.x_vector = q.k % 8 == 0 && q.ldx % 8 == 0 && uintptr_t(p.x) % 16 == 0;
+  return p;
+}
+static int groups_of(const Problem& q) { return q.group >= q.k || q.group >= 64 ? 1 : 64 / q.group; }
+
+static Dev make(const Problem& q) {
+  Dev d{};
+  d.code_bytes = layout::packed_code_bytes(q.n, q.k, 4);
+  int64_t sc = layout::packed_scale_count(q.n, q.k, q.group);
+  d.scale_bytes = sc * q.size(); d.zero_bytes = sc * q.zsize();
+  d.absmax_count = (int64_t(q.n) * layout::ceil_div(q.k, q.group) + 255) / 256;
+  CK(cudaMalloc(&d.codes, d.code_bytes)); CK(cudaMalloc(&d.scales, d.scale_bytes + 256)); CK(cudaMalloc(&d.zeros, d.zero_bytes + 256));
+  CK(cudaMalloc(&d.codebook, 64)); CK(cudaMalloc(&d.map, 1024)); CK(cudaMalloc(&d.absmax, 4 * d.absmax_count));
+  CK(cudaMemset(d.codes, 0, d.code_bytes)); CK(cudaMemset(d.scales, 0, d.scale_bytes)); CK(cudaMemset(d.zeros, 0, d.zero_bytes + 256));
+  CK(cudaMemcpy(d.codebook, kNf4, 64, cudaMemcpyHostToDevice));
+  std::vector<float> map(256), am(d.absmax_count);
+  for (int i = 0; i < 256; ++i) map[i] = (i - 127) / 128.f * 0.9f;
+  for (size_t i = 0; i < am.size(); ++i) am[i] = 0.01f + 0.00001f * (hash(i * 7 + q.seed) % 1000);
+  CK(cudaMemcpy(d.map, map.data(), 1024, cudaMemcpyHostToDevice)); CK(cudaMemcpy(d.absmax, am.data(), 4 * d.absmax_count, cudaMemcpyHostToDevice));
+  int64_t nk = int64_t(q.n) * q.k;
+  pack_codes<<<unsigned((nk + 255) / 256), 256>>>((uint32_t*)d.codes, q.n, q.k, q.seed, q.codebook);
+  int64_t ns = int64_t(q.n) * layout::ceil_div(q.k, q.group);
+  make_scales<<<unsigned((ns + 255) / 256), 256>>>(q, d.scales, d.zeros);
+  int64_t xc = int64_t(q.m) * q.ldx + q.xoff;
+  CK(cudaMalloc(&d.x, xc * 2 + 64)); CK(cudaMalloc(&d.bias, q.n * 2 + 16));
+  CK(cudaMemset(d.x, 0xFF, xc * 2 + 64));
+  fill_gauss<<<unsigned((xc + 255) / 256), 256>>>(d.x, xc, q.dtype, 1.f, q.seed + 1);
+  fill_gauss<<<unsigned((q.n + 255) / 256), 256>>>(d.bias, q.n, q.dtype, 0.5f, q.seed + 2);
+  CK(cudaMalloc(&d.ref, 8LL * q.m * q.n)); CK(cudaMalloc(&d.base, 8LL * q.m * q.n));
+  reference<<<q.n, 256>>>(q, d, kOffset, 1.f, d.ref, d.base);
+  CK(cudaDeviceSynchronize());
+  return d;
+}
+static void destroy(Dev& d) { cudaFree(d.codes); cudaFree(d.scales); cudaFree(d.zeros); cudaFree(d.codebook); cudaFree(d.map); cudaFree(d.absmax); cudaFree(d.x); cudaFree(d.bias); cudaFree(d.ref); cudaFree(d.base); }
+
+static std::vector<int> clusters() { const char* e = getenv("CL"); std::vector<int> r; for (const char* c = e ? e : "1248"; *c; ++c) r.push_back(*c - 48); return r; }
+static const int kLimit = 232448 + 1024;
+static bool plan_for(const Entry& e, Params& p, int cluster, int kw, int rw, Plan& plan) {
+  plan = e.plan(p, cluster, kw, rw, 132 / cluster * cluster, kLimit);
+  if (!plan.ok) return false;
+  int warps = kw * rw, smem = plan.smem - 1024;
+  CK(cudaFuncSetAttribute(e.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+  if (cluster > 1) {
+    static std::map<std::tuple<const void*, int, int, int>, int> memo;
+    auto key = std::make_tuple(e.fn, cluster, warps, smem);
+    if (!memo.count(key)) {
+      cudaLaunchConfig_t c{}; c.gridDim = dim3(cluster); c.blockDim = dim3(warps * 32); c.dynamicSmemBytes = smem;
+      cudaLaunchAttribute a[1]; a[0].id = cudaLaunchAttributeClusterDimension; a[0].val.clusterDim.x = cluster; a[0].val.clusterDim.y = a[0].val.clusterDim.z = 1; c.attrs = a; c.numAttrs = 1;
+      int v = 0; CK(cudaOccupancyMaxActiveClusters(&v, e.fn, &c)); memo[key] = v;
+    }
+    int v = memo[key];
+    if (v < 1) return false;
+    plan = e.plan(p, cluster, kw, rw, std::min(v, (warps <= 8 ? 264 : 132) / cluster) * cluster, kLimit);
+  } else if (warps <= 8) {
+    int v = 0; CK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&v, e.fn, warps * 32, smem));
+    if (v < 1) return false;
+    plan = e.plan(p, cluster, kw, rw, 132 * std::min(v, 2), kLimit);
+  }
+  if (!plan.ok) return false;
+  CK(cudaFuncSetAttribute(e.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem - 1024));
+  return true;
+}
+static void launch(const Entry& e, Params p, const Plan& plan, bool pdl, cudaStream_t st) {
+  p.pdl = pdl;
+  cudaLaunchConfig_t c{};
+  c.gridDim = dim3(plan.grid_clusters * plan.cluster); c.blockDim = dim3(plan.k_warps * plan.row_warps * 32); c.dynamicSmemBytes = plan.smem - 1024; c.stream = st;
+  cudaLaunchAttribute a[2]; int na = 0;
+  if (plan.cluster > 1) { a[na].id = cudaLaunchAttributeClusterDimension; a[na].val.clusterDim.x = plan.cluster; a[na].val.clusterDim.y = a[na].val.clusterDim.z = 1; ++na; }
+  if (pdl) { a[na].id = cudaLaunchAttributeProgrammaticStreamSerialization; a[na].val.programmaticStreamSerializationAllowed = 1; ++na; }
+  c.attrs = a; c.numAttrs = na;
+  void* args[] = {&p};
+  CK(cudaLaunchKernelExC(&c, e.fn, args));
+}
+static bool scale_ok(const Entry& e, int type) { return e.scales == 4 ? type == 6 : e.scales == 3 ? type != 6 : e.scales == type; }
+static double* g_cmp;
+static bool verify(const Problem& q, const Dev& d, const void* y, int64_t ldy, double& err, double& base) {
+  CK(cudaMemset(g_cmp, 0, 64));
+  compare<<<64, 256>>>(y, ldy, q.m, q.n, q.dtype, d.ref, d.base, g_cmp);
+  if (ldy > q.n) check_guard<<<1, 256>>>((const uint16_t*)y, q.m, q.n, ldy, g_cmp + 3);
+  double h[4]; CK(cudaMemcpy(h, g_cmp, 32, cudaMemcpyDeviceToHost));
+  err = sqrt(h[0] / h[2]); base = sqrt(h[1] / h[2]);
+  return h[3] == 0 && err <= 1.5 * base;
+}
+static std::string name(const Entry& e, const Plan& p) {
+  char b[96]; snprintf(b, 96, "R%d S%d %s c%d r%d k%d g%d", e.R, e.S, e.bulk ? "bulk" : e.xring ? "xring" : "cpa", p.cluster, p.row_warps, p.k_warps, p.grid_clusters * p.cluster);
+  return b;
+}
+
+static void run_checks() {
+  struct Case { int n, k, m, group; bool cb; int bias, st, zt, dt; bool bias_v; int ldx_pad, xoff; };
+  const int F32 = 0, F16 = 1, B16 = 2, E44 = 3, E43 = 4, E80 = 5, NST = 6;
+  std::vector<Case> cs = {
+    {1024, 4096, 1, 64, 0, 8, B16, 0, 0, 0, 0, 0}, {1024, 4096, 16, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {200, 328, 3, 64, 0, 8, B16, 0, 0, 1, 8, 0}, {77, 3420, 5, 128, 0, 8, F16, 0, 0, 1, 3, 1},
+    {1280, 3420, 16, 64, 0, 8, F32, 0, 0, 0, 0, 0}, {333, 99, 9, 128, 0, 8, B16, 0, 0, 1, 0, 0}, {16, 64, 1, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {1, 1, 1, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {4096, 4096, 8, 4096, 0, 8, B16, 0, 0, 1, 0, 0},
+    {9000, 768, 13, 256, 0, 8, B16, 0, 0, 1, 0, 0}, {30000, 512, 2, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {640, 20000, 16, 128, 0, 8, B16, 0, 0, 1, 0, 0}, {640, 60000, 16, 128, 0, 8, B16, 0, 0, 1, 0, 0},
+    {1000, 1024, 4, 64, 1, 0, F32, 0, 0, 1, 0, 0}, {777, 1504, 11, 32, 1, 0, F16, 0, 1, 1, 0, 0}, {20000, 640, 7, 64, 1, 0, F32, 0, 0, 1, 0, 0}, {4096, 1536, 8, 64, 1, 0, NST, 0, 0, 1, 0, 0}, {515, 4096, 16, 128, 1, 0, NST, 0, 0, 1, 0, 0}, {40000, 1024, 3, 64, 1, 0, NST, 0, 0, 1, 0, 0},
+    {1000, 1024, 4, 64, 1, 0, E44, 0, 0, 1, 0, 0}, {300, 2048, 4, 64, 1, 0, E43, 0, 0, 1, 0, 0}, {300, 2048, 4, 64, 1, 0, E80, 0, 0, 1, 0, 0}, {300, 2048, 4, 16, 1, 0, E43, 0, 0, 1, 0, 0},
+    {513, 1030, 5, 64, 0, 8, F16, 0, 1, 1, 0, 0}, {513, 1030, 16, 32, 0, 8, F16, 0, 1, 1, 0, 0}, {513, 2080, 5, 32, 0, 8, B16, 0, 0, 1, 0, 0}, {513, 2064, 12, 16, 0, 8, F32, 0, 0, 1, 0, 0},
+    {700, 1100, 16, 128, 0, 0, B16, 1, 0, 1, 0, 0}, {700, 1100, 10, 64, 0, 0, B16, 2, 0, 1, 0, 0}, {700, 1120, 5, 32, 0, 0, F16, 1, 1, 1, 0, 0}, {700, 1120, 5, 32, 0, 0, F16, 2, 1, 1, 0, 0}, {700, 1120, 5, 32, 1, 0, NST, 0, 1, 1, 0, 0}};
+  int runs = 0, bad = 0, uncovered = 0; double worst = 0;
+  for (auto& c : cs) {
+    Problem q{c.n, c.k, c.m, c.group, c.cb, c.bias, c.st, c.zt, c.dt, c.bias_v, c.k + c.ldx_pad, uint32_t(runs + 11), c.xoff};
+    Dev d = make(q);
+    int64_t ldy = q.n + 5; void* y; CK(cudaMalloc(&y, 2 * ldy * q.m));
+    int here = 0; double wr = 0, we = 0, wb = 0;
+    for (auto& e : registry()) {
+      if (e.codebook != q.codebook || e.dtype != q.dtype || e.G != groups_of(q) || !scale_ok(e, q.scale_type) || e.zeros != (q.zero_type != 0) || q.m > 8 * e.MT) continue;
+      for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) for (int pdl = 0; pdl < 2; ++pdl) {
+        Params p = params_of(q, d); Plan plan;
+        if (!plan_for(e, p, cl, warps / rw, rw, plan)) continue;
+        p.y = y; p.ldy = ldy;
+        CK(cudaMemset(y, 0xFF, 2 * ldy * q.m));
+        launch(e, p, plan, pdl == 1, 0);
+        cudaError_t er = cudaDeviceSynchronize();
+        if (er != cudaSuccess) { printf("FAIL %s: %s n%d k%d m%d g%d\n", cudaGetErrorString(er), name(e, plan).c_str(), q.n, q.k, q.m, q.group); exit(1); }
+        double err, base; bool ok = verify(q, d, y, ldy, err, base);
+        ++runs; ++here;
+        if (!ok) { if (++bad < 30) printf("BAD n%d k%d m%d g%d cb%d st%d zt%d dt%d %s passes? pdl%d err %.3g base %.3g\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, q.zero_type, q.dtype, name(e, plan).c_str(), pdl, err, base); }
+        if (err / base > wr) { wr = err / base; we = err; wb = base; }
+      }
+    }
+    if (!here) ++uncovered;
+    printf("case n%d k%d m%d g%d cb%d st%d zt%d dt%d: %d runs, worst err/base %.3f (%.3g / %.3g)\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, q.zero_type, q.dtype, here, wr, we, wb);
+    worst = std::max(worst, wr);
+    destroy(d); cudaFree(y);
+  }
+  printf("CHECKS: %d runs, %d bad, %d cases without a kernel, worst ratio %.3f\n", runs, bad, uncovered, worst);
+}
+
+struct Shape { int n, k; };
+static float time_graph(cudaGraphExec_t g, cudaStream_t st, int nodes, int reps) {
+  cudaEvent_t a, b; CK(cudaEventCreate(&a)); CK(cudaEventCreate(&b));
+  std::vector<float> t;
+  for (int i = 0; i < reps + 2; ++i) {
+    CK(cudaEventRecord(a, st)); CK(cudaGraphLaunch(g, st)); CK(cudaEventRecord(b, st)); CK(cudaEventSynchronize(b));
+    float ms; CK(cudaEventElapsedTime(&ms, a, b));
+    if (i >= 2) t.push_back(ms * 1000 / nodes);
+  }
+  std::sort(t.begin(), t.end());
+  cudaEventDestroy(a); cudaEventDestroy(b);
+  return t[t.size() / 2];
+}
+// argv: time <policies i,n,d> <ms> [shape indices] [top] ; policy i int4 bf16 g64, j int4 g128, n nf4 fp32 g64, d nf4 nested g64
+static void run_times(const char* policies, std::vector<int> ms, std::vector<int> which, int top, bool pdl_too, double budget) {
+  const Shape shapes[] = {{1024, 4096}, {4096, 4096}, {6144, 4096}, {8192, 8192}, {4096, 14336}, {28672, 4096}, {5120, 5120}, {14336, 4096}, {8192, 28672}, {2048, 2048}};
+  cudaStream_t st; CK(cudaStreamCreate(&st));
+  int* sink; CK(cudaMalloc(&sink, 4));
+  int runs = 0, bad = 0; double worst = 0;
+  for (int si : which) for (const char* pc = policies; *pc; ++pc) {
+    Shape s = shapes[si];
+    bool cb = *pc == 'n' || *pc == 'd';
+    int group = *pc == 'j' ? 128 : 64, stype = *pc == 'n' ? 0 : *pc == 'd' ? 6 : 2;
+    bool floor_done = false;
+    uint8_t* pool = nullptr; int copies = 0; int64_t stride = 0, o_scale = 0, o_absmax = 0;
+    for (int m : ms) {
+      Problem q{s.n, s.k, m, group, cb, cb ? 0 : 8, stype, 0, 0, false, s.k, 5, 0};
+      Dev d = make(q);
+      if (!pool) {
+        o_scale = up(d.code_bytes); o_absmax = o_scale + up(d.scale_bytes); stride = o_absmax + up(4 * d.absmax_count);
+        copies = int(std::max<int64_t>(8, 450000000 / stride + 1));
+        CK(cudaMalloc(&pool, stride * copies));
+        for (int i = 0; i < copies; ++i) {
+          CK(cudaMemcpy(pool + i * stride, d.codes, d.code_bytes, cudaMemcpyDeviceToDevice)); CK(cudaMemcpy(pool + i * stride + o_scale, d.scales, d.scale_bytes, cudaMemcpyDeviceToDevice));
+          CK(cudaMemcpy(pool + i * stride + o_absmax, d.absmax, 4 * d.absmax_count, cudaMemcpyDeviceToDevice));
+        }
+      }
+      int nodes = std::max(copies, 28);
+      if (!floor_done) {
+        floor_done = true;
+        float t = 1e9;
+        for (int cfg = 0; cfg < 3; ++cfg) {
+          cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal));
+          for (int i = 0; i < nodes; ++i) {
+            const uint4* src = (const uint4*)(pool + (i % copies) * stride); int64_t c = (o_scale + d.scale_bytes) / 16;
+            if (cfg == 0) read_floor<8><<<132, 512, 0, st>>>(src, c, sink); else if (cfg == 1) read_floor<8><<<264, 512, 0, st>>>(src, c, sink); else read_floor<4><<<528, 256, 0, st>>>(src, c, sink);
+          }
+          CK(cudaStreamEndCapture(st, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
+          t = std::min(t, time_graph(ge, st, nodes, 11));
+          cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
+        }
+        printf("## %dx%d %s: %.2f MB, floor(read) %.2f us, %d copies\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6, t, copies);
+      }
+      void* y; int64_t ybytes = 2LL * m * s.n; CK(cudaMalloc(&y, ybytes * nodes));
+      struct Res { float t; std::string n; }; std::vector<Res> res, resp;
+      for (auto& e : registry()) {
+        if (e.codebook != cb || e.dtype != 0 || e.G != 1 || e.zeros || !scale_ok(e, stype) || e.MT != (m > 8 ? 2 : 1)) continue;
+        for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) {
+          Params p = params_of(q, d); Plan plan;
+          int kw = warps / rw;
+          if (!plan_for(e, p, cl, kw, rw, plan)) continue;
+          if (!e.xring && !e.bulk && p.x_blocks * cl * kw < p.k_blocks) continue;  // would reload x
+          int passes = (p.tiles + p.clusters - 1) / p.clusters;
+          double load = double(passes) * e.R * rw * 16 / s.n / cl * 132 * (warps == 8 && plan.grid_clusters * cl > 132 ? 0.5 : 1.0);  // longest share over the even one
+          if (load > 1.25) continue;
+          if (p.k_blocks < cl * kw) continue;
+          for (int var = 0; var <= (pdl_too ? 1 : 0); ++var) {
+            const int pdl = var == 1;
+            CK(cudaMemsetAsync(y, 0xFF, ybytes * nodes, st));
+            cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal));
+            for (int i = 0; i < nodes; ++i) {
+              Params pi = p; const uint8_t* b = pool + (i % copies) * stride;
+              pi.codes = b; pi.scales = b + o_scale; pi.nested_absmax = (const float*)(b + o_absmax); pi.y = (char*)y + i * ybytes; pi.ldy = s.n;
+              launch(e, pi, plan, pdl, st);
+            }
+            CK(cudaStreamEndCapture(st, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
+            float t = time_graph(ge, st, nodes, 10);
+            cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
+            for (int i : {0, nodes - 1}) { double err, base; bool ok = verify(q, d, (char*)y + i * ybytes, s.n, err, base); ++runs; worst = std::max(worst, err / base); if (!ok) { if (++bad < 20) printf("BAD %s err %.3g base %.3g\n", name(e, plan).c_str(), err, base); } }
+            (pdl ? resp : res).push_back({t, name(e, plan)});
+          }
+        }
+      }
+      auto show = [&](std::vector<Res>& r, const char* tag) {
+        std::sort(r.begin(), r.end(), [](const Res& a, const Res& b) { return a.t < b.t; });
+        printf("M%-2d %s", m, tag);
+        std::map<std::string, int> seen;
+        for (int i = 0; i < int(r.size()) && i < top; ++i) printf(" | %.2f %s", r[i].t, r[i].n.c_str());
+        printf("  (%d)\n", int(r.size()));
+      };
+      show(res, "plain"); if (pdl_too) show(resp, "pdl");
+      fflush(stdout);
+      cudaFree(y); destroy(d);
+    }
+    cudaFree(pool);
+  }
+  printf("timed configs verified: %d, bad %d, worst err/base %.3f\n", runs, bad, worst);
+}
+__global__ void probe(uint32_t* o) { extern __shared__ int sm[]; *o = uint32_t(__cvta_generic_to_shared(sm)); }
+int main(int argc, char** argv) {
+  CK(cudaMalloc(&g_cmp, 64));
+  { uint32_t h; probe<<<1, 1, 4096>>>((uint32_t*)g_cmp); CK(cudaMemcpy(&h, g_cmp, 4, cudaMemcpyDeviceToHost)); if (h != 1024) { printf("dynamic smem at %u\n", h); return 1; } }
+  std::string mode = argc > 1 ? argv[1] : "check";
+  if (mode == "prof") {  // prof n k m nf4? config-substring
+    Problem q{atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), 64, bool(atoi(argv[5])), atoi(argv[5]) ? 0 : 8, atoi(argv[5]) ? 0 : 2, 0, 0, false, atoi(argv[3]), 5, 0};
+    Dev d = make(q); void* y; CK(cudaMalloc(&y, 2LL * q.m * q.n)); void* junk; CK(cudaMalloc(&junk, 200 << 20));
+    for (auto& e : registry()) {
+      if (e.codebook != q.codebook || e.dtype != 0 || e.G != 1 || e.zeros || !scale_ok(e, q.scale_type) || e.MT != (q.m > 8 ? 2 : 1)) continue;
+      for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) {
+        Params p = params_of(q, d); Plan plan;
+        if (!plan_for(e, p, cl, warps / rw, rw, plan)) continue;
+        if (name(e, plan).find(argv[6]) != 0) continue;
+        p.y = y; p.ldy = q.n;
+        for (int i = 0; i < 3; ++i) { CK(cudaMemset(junk, i, 200 << 20)); launch(e, p, plan, false, 0); }
+        CK(cudaDeviceSynchronize()); printf("%s\n", name(e, plan).c_str());
+      }
+    }
+    return 0;
+  }
+  if (mode == "check") run_checks();
+  else {
+    std::vector<int> ms, which;
+    for (char* t = strtok(strdup(argv[3]), ","); t; t = strtok(nullptr, ",")) ms.push_back(atoi(t));
+    for (char* t = strtok(strdup(argv[4]), ","); t; t = strtok(nullptr, ",")) which.push_back(atoi(t));
+    run_times(argv[2], ms, which, argc > 5 ? atoi(argv[5]) : 4, argc > 6 && atoi(argv[6]), 0);
+  }
+  return 0;
+}
