@@ -108,20 +108,24 @@ def _int4pack_calls(problem: Problem, copies: int) -> list[Call]:
 
 
 def measure(problem: Problem, formats: Sequence[str], *, cold: bool = True, seconds: float = 1.0) -> list[Measurement]:
-    """Time all providers on one problem, in turns, for about ``seconds`` each and at least 7 rounds."""
+    """Time all providers on one problem, in turns, for about ``seconds`` each; at least 7 rounds, or 2 if those would
+    take more than four times as long."""
     x = torch.randn(problem.m, problem.k).to(problem.dtype)
     calls = providers(problem, formats, copies_for(problem, cold))
     cycles = {name: itertools.cycle(list_of_calls) for name, list_of_calls in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for cycle in cycles.values():  # warm up: threads, workspaces
         next(cycle)(x)
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+    start = time.perf_counter()
+    budget = seconds * len(calls)
+    rounds = 0
+    while (spent := time.perf_counter() - start) < budget or rounds < (7 if spent < 4 * budget else 2):
+        rounds += 1
         for name, cycle in cycles.items():
             call = next(cycle)
-            start = time.perf_counter()
+            before = time.perf_counter()
             call(x)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - before)
     return [Measurement(problem, name, statistics.median(t), min(t)) for name, t in times.items()]
 
 
