@@ -12,13 +12,15 @@ namespace {
 
 constexpr uintptr_t kWorkspaceAlignment = 64;
 
-cx_status check_instance(const char* function, int32_t index) {
+// `run` is the entry of Instance that the caller needs, `kind` its name in a message.
+template <class Run>
+cx_status check_instance(const char* function, int32_t index, Run Instance::* run, const char* kind) {
   if (index < 0 || index >= instance_count()) {
     return fail(CX_INVALID_ARGUMENT, function, "instance: expected -1..%d, got %" PRId32, instance_count() - 1, index);
   }
   const Instance& instance = instance_at(index);
-  if (instance.gemm == nullptr) {
-    return fail(CX_INVALID_ARGUMENT, function, "instance: expected a GEMM, got %s", instance.name);
+  if (instance.*run == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, function, "instance: expected %s, got %s", kind, instance.name);
   }
   if (!instance.available()) {
     return fail(CX_NOT_SUPPORTED, function, "instance: this machine cannot run %s", instance.name);
@@ -33,7 +35,7 @@ cx_status resolve_gemm(const char* function, const cx_gemm_args* args, GemmProbl
     *index = select_gemm(*problem);
     return CX_OK;
   }
-  CX_TRY(check_instance(function, args->instance));
+  CX_TRY(check_instance(function, args->instance, &Instance::gemm, "a GEMM"));
   *index = args->instance;
   return CX_OK;
 }
@@ -99,7 +101,7 @@ cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void
 }
 
 cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device, void* stream,
-                        int32_t threads) {
+                        int32_t instance, int32_t threads) {
   CX_TRY(check_device(__func__, device));
   DequantizeProblem problem;
   CX_TRY(check_weight(__func__, packed, CX_PACKED, &problem.weight));
@@ -113,7 +115,12 @@ cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int6
   problem.out = out;
   problem.ld = ld;
   problem.stream = stream;
-  instance_at(select_dequantize()).dequantize(problem);
+  if (instance == -1) {
+    instance = select_dequantize();
+  } else {
+    CX_TRY(check_instance(__func__, instance, &Instance::dequantize, "a dequant kernel"));
+  }
+  instance_at(instance).dequantize(problem);
   return CX_OK;
 }
 

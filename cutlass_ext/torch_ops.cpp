@@ -260,7 +260,7 @@ Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
   shape.push(k);
   Tensor out = empty(shape, scalar_type(static_cast<cx_dtype>(dtype)));
   check("dequantize", cx_dequantize(&weight, static_cast<cx_dtype>(dtype), out.mutable_data_ptr(), k, CX_CPU, nullptr,
-                                    static_cast<int32_t>(torch::stable::get_num_threads())));
+                                    -1, static_cast<int32_t>(torch::stable::get_num_threads())));
   return out;
 }
 

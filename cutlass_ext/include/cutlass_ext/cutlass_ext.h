@@ -158,9 +158,9 @@ CX_API cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes
 CX_API cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
 CX_API cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
 
-/* out[N, K] = the weight, each value rounded once to dtype. */
+/* out[N, K] = the weight, each value rounded once to dtype. `instance` and `threads` as in cx_gemm_args. */
 CX_API cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device,
-                               void* stream, int32_t threads);
+                               void* stream, int32_t instance, int32_t threads);
 
 CX_API cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes);
 CX_API cx_status cx_gemm(const cx_gemm_args* args);

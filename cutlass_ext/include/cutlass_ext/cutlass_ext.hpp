@@ -214,7 +214,8 @@ void dequantize(const cx_weight& packed, MatrixView<T> out, const Options& optio
   detail::check_dtype<T>("dequantize", options.dtype);
   detail::check_extent("dequantize", "out: rows (N)", packed.n, out.rows);
   detail::check_extent("dequantize", "out: columns (K)", packed.k, out.cols);
-  check(cx_dequantize(&packed, options.dtype, out.data, out.ld, options.device, options.stream, options.threads));
+  check(cx_dequantize(&packed, options.dtype, out.data, out.ld, options.device, options.stream, options.instance,
+                      options.threads));
 }
 
 }  // namespace cutlass_ext
