@@ -55,11 +55,6 @@ cx_status check_bytes(const char* function, const char* argument, size_t got, si
 
 }  // namespace
 
-const char* name_of(cx_dtype dtype) {
-  static const char* const kNames[] = {"fp32", "fp16", "bf16"};
-  return kNames[dtype];
-}
-
 const char* name_of(cx_scale_type type) {
   static const char* const kNames[] = {"fp32", "fp16", "bf16", "e4m4", "e4m3", "e8m0", "nested"};
   return kNames[type];

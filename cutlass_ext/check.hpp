@@ -8,7 +8,6 @@
 
 namespace cutlass_ext {
 
-const char* name_of(cx_dtype dtype);
 const char* name_of(cx_scale_type type);
 const char* name_of(cx_zero_type type);
 
