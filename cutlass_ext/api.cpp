@@ -14,13 +14,14 @@ constexpr uintptr_t kWorkspaceAlignment = 64;
 
 // `run` is the entry of Instance that the caller needs, `kind` its name in a message.
 template <class Run>
-cx_status check_instance(const char* function, int32_t index, Run Instance::* run, const char* kind) {
+cx_status check_instance(const char* function, int32_t index, Device device, Run Instance::* run, const char* kind) {
   if (index < 0 || index >= instance_count()) {
     return fail(CX_INVALID_ARGUMENT, function, "instance: expected -1..%d, got %" PRId32, instance_count() - 1, index);
   }
   const Instance& instance = instance_at(index);
-  if (instance.*run == nullptr) {
-    return fail(CX_INVALID_ARGUMENT, function, "instance: expected %s, got %s", kind, instance.name);
+  if (instance.*run == nullptr || instance.device != device) {
+    return fail(CX_INVALID_ARGUMENT, function, "instance: expected %s for the %s, got %s", kind,
+                device == Device::kCpu ? "CPU" : "GPU", instance.name);
   }
   if (!instance.available()) {
     return fail(CX_NOT_SUPPORTED, function, "instance: this machine cannot run %s", instance.name);
@@ -32,12 +33,27 @@ cx_status check_instance(const char* function, int32_t index, Run Instance::* ru
 cx_status resolve_gemm(const char* function, const cx_gemm_args* args, GemmProblem* problem, int* index) {
   CX_TRY(check_gemm(function, args, problem));
   if (args->instance == -1) {
-    *index = select_gemm(*problem);
-    return CX_OK;
+    *index = select_gemm(*problem, (args->flags & CX_GEMM_DENSE_FALLBACK) != 0);
+    if (*index >= 0) return CX_OK;
+    return fail(CX_NOT_SUPPORTED, function, "instance: this build has none for the problem");
   }
-  CX_TRY(check_instance(function, args->instance, &Instance::gemm, "a GEMM"));
+  CX_TRY(check_instance(function, args->instance, problem->device, &Instance::gemm, "a GEMM"));
+  const Instance& instance = instance_at(args->instance);
+  if (instance.supports != nullptr && !instance.supports(*problem)) {
+    return fail(CX_NOT_SUPPORTED, function, "instance: %s does not cover this weight, dtype or shape", instance.name);
+  }
   *index = args->instance;
   return CX_OK;
+}
+
+size_t workspace_of(const Instance& instance, const GemmProblem& problem) {
+  return instance.workspace_bytes == nullptr ? 0 : instance.workspace_bytes(problem);
+}
+
+// What a kernel's launch returned.
+cx_status check_launch(const char* function, const Instance& instance, const char* error) {
+  if (error == nullptr) return CX_OK;
+  return fail(CX_INTERNAL, function, "%s: CUDA reports: %s", instance.name, error);
 }
 
 }  // namespace
@@ -72,7 +88,8 @@ cx_status cx_get_instance(int32_t index, cx_instance_info* info) {
   }
   if (info == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "info: expected a pointer, got NULL");
   const Instance& instance = instance_at(index);
-  *info = {instance.name, instance.device == Device::kCpu ? CX_CPU : CX_CUDA, instance.available()};
+  *info = {instance.name, instance.device == Device::kCpu ? CX_CPU : CX_CUDA, instance.available(),
+           instance.gemm != nullptr};
   return CX_OK;
 }
 
@@ -90,20 +107,18 @@ cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes) {
   return CX_OK;
 }
 
-cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void*) {
-  CX_TRY(check_device(__func__, device));
-  return convert_layout(__func__, from, CX_CANONICAL, to);
+cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void* stream) {
+  return convert_layout(__func__, from, CX_CANONICAL, to, device, stream);
 }
 
-cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void*) {
-  CX_TRY(check_device(__func__, device));
-  return convert_layout(__func__, from, CX_PACKED, to);
+cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void* stream) {
+  return convert_layout(__func__, from, CX_PACKED, to, device, stream);
 }
 
 cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device, void* stream,
                         int32_t instance, int32_t threads) {
-  CX_TRY(check_device(__func__, device));
   DequantizeProblem problem;
+  CX_TRY(check_device(__func__, device, &problem.device));
   CX_TRY(check_weight(__func__, packed, CX_PACKED, &problem.weight));
   CX_TRY(check_dtype(__func__, dtype));
   if (out == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "out: expected a pointer, got NULL");
@@ -116,12 +131,12 @@ cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int6
   problem.ld = ld;
   problem.stream = stream;
   if (instance == -1) {
-    instance = select_dequantize();
+    instance = select_dequantize(problem.device);
+    if (instance < 0) return fail(CX_NOT_SUPPORTED, __func__, "instance: this build has none for the device");
   } else {
-    CX_TRY(check_instance(__func__, instance, &Instance::dequantize, "a dequant kernel"));
+    CX_TRY(check_instance(__func__, instance, problem.device, &Instance::dequantize, "a dequant kernel"));
   }
-  instance_at(instance).dequantize(problem);
-  return CX_OK;
+  return check_launch(__func__, instance_at(instance), instance_at(instance).dequantize(problem));
 }
 
 cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes) {
@@ -129,7 +144,10 @@ cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes) {
   int index = 0;
   if (bytes == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "bytes: expected a pointer, got NULL");
   CX_TRY(resolve_gemm(__func__, args, &problem, &index));
-  *bytes = problem.m == 0 ? 0 : instance_at(index).workspace_bytes(problem);
+  if (instance_at(index).gemm == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "flags: expected none of CX_GEMM_DENSE_FALLBACK");
+  }
+  *bytes = problem.m == 0 ? 0 : workspace_of(instance_at(index), problem);
   return CX_OK;
 }
 
@@ -139,7 +157,10 @@ cx_status cx_gemm(const cx_gemm_args* args) {
   CX_TRY(resolve_gemm(__func__, args, &problem, &index));
   if (problem.m == 0) return CX_OK;
   const Instance& instance = instance_at(index);
-  const size_t needed = instance.workspace_bytes(problem);
+  if (instance.gemm == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "flags: expected none of CX_GEMM_DENSE_FALLBACK");
+  }
+  const size_t needed = workspace_of(instance, problem);
   if (args->workspace_bytes < needed) {
     return fail(CX_WORKSPACE_TOO_SMALL, __func__, "workspace_bytes: expected at least %zu, got %zu", needed,
                 args->workspace_bytes);
@@ -149,6 +170,5 @@ cx_status cx_gemm(const cx_gemm_args* args) {
     return fail(CX_INVALID_ARGUMENT, __func__, "workspace: expected a pointer aligned to %zu bytes, got %p",
                 static_cast<size_t>(kWorkspaceAlignment), args->workspace);
   }
-  instance.gemm(problem);
-  return CX_OK;
+  return check_launch(__func__, instance, instance.gemm(problem));
 }

@@ -7,6 +7,9 @@
 
 #include "cutlass_ext/status.hpp"
 #include "kernels/layout.hpp"
+#ifdef CUTLASS_EXT_CUDA
+#include "kernels/cuda/device.hpp"
+#endif
 
 namespace cutlass_ext {
 namespace {
@@ -165,11 +168,21 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
   return CX_OK;
 }
 
-cx_status check_device(const char* function, cx_device device) {
-  if (device == CX_CPU) return CX_OK;
-  if (device == CX_CUDA)
-    return fail(CX_NOT_SUPPORTED, function, "device: this version has CPU kernels only, got CX_CUDA");
-  return fail(CX_INVALID_ARGUMENT, function, "device: expected CX_CPU or CX_CUDA, got %d", device);
+cx_status check_device(const char* function, cx_device device, Device* out) {
+  if (device != CX_CPU && device != CX_CUDA) {
+    return fail(CX_INVALID_ARGUMENT, function, "device: expected CX_CPU or CX_CUDA, got %d", device);
+  }
+  *out = device == CX_CPU ? Device::kCpu : Device::kCuda;
+#ifdef CUTLASS_EXT_CUDA
+  if (*out == Device::kCuda) {
+    if (const char* why = cuda::device_error()) return fail(CX_NOT_SUPPORTED, function, "device: %s", why);
+  }
+#else
+  if (*out == Device::kCuda) {
+    return fail(CX_NOT_SUPPORTED, function, "device: this build has CPU kernels only, got CX_CUDA");
+  }
+#endif
+  return CX_OK;
 }
 
 cx_status check_dtype(const char* function, cx_dtype dtype) {
@@ -185,7 +198,7 @@ cx_status resolve_threads(const char* function, int32_t threads, int* out) {
 
 cx_status check_gemm(const char* function, const cx_gemm_args* args, GemmProblem* out) {
   if (args == nullptr) return fail(CX_INVALID_ARGUMENT, function, "args: expected a pointer, got NULL");
-  CX_TRY(check_device(function, args->device));
+  CX_TRY(check_device(function, args->device, &out->device));
   CX_TRY(check_weight(function, args->weight, CX_PACKED, &out->weight));
   CX_TRY(check_dtype(function, args->dtype));
   if (args->m < 0 || args->m > kMaxExtent) {
@@ -202,6 +215,10 @@ cx_status check_gemm(const char* function, const cx_gemm_args* args, GemmProblem
   if (args->m > 1 && args->ldy < w.n) {
     return fail(CX_INVALID_ARGUMENT, function, "ldy: expected at least N=%" PRId64 ", got %" PRId64, w.n, args->ldy);
   }
+  constexpr uint32_t kFlags = CX_GEMM_PROGRAMMATIC_LAUNCH | CX_GEMM_DENSE_FALLBACK;
+  if ((args->flags & ~kFlags) != 0) {
+    return fail(CX_INVALID_ARGUMENT, function, "flags: expected CX_GEMM_ values, got 0x%" PRIx32, args->flags);
+  }
   CX_TRY(resolve_threads(function, args->threads, &out->threads));
   out->dtype = static_cast<DType>(args->dtype);
   out->m = args->m;
@@ -212,6 +229,7 @@ cx_status check_gemm(const char* function, const cx_gemm_args* args, GemmProblem
   out->bias = args->bias;
   out->workspace = args->workspace;
   out->stream = args->stream;
+  out->programmatic_launch = (args->flags & CX_GEMM_PROGRAMMATIC_LAUNCH) != 0;
   return CX_OK;
 }
 

@@ -17,7 +17,8 @@ cx_status check_spec(const char* function, const cx_weight* weight, const Format
 // Also the layout, the buffers' sizes and the pointers.
 cx_status check_weight(const char* function, const cx_weight* weight, cx_layout layout, Weight* out);
 
-cx_status check_device(const char* function, cx_device device);
+// Also whether this build and this machine have it.
+cx_status check_device(const char* function, cx_device device, Device* out);
 cx_status check_dtype(const char* function, cx_dtype dtype);
 // CPU threads to use; 0 asks OpenMP.
 cx_status resolve_threads(const char* function, int32_t threads, int* out);

@@ -8,8 +8,9 @@ namespace cutlass_ext {
 int instance_count();
 const Instance& instance_at(int index);
 
-// Index of the instance for a problem on the CPU.
-int select_gemm(const GemmProblem& problem);
-int select_dequantize();
+// Index of the instance for a problem, or -1 if there is none. With `dense_fallback` it may be a dequantizing one: for
+// callers that have a dense GEMM.
+int select_gemm(const GemmProblem& problem, bool dense_fallback);
+int select_dequantize(Device device);
 
 }  // namespace cutlass_ext

@@ -71,7 +71,10 @@ void convert_groups(const Weight& shape, const void* from, void* to, size_t byte
 
 }  // namespace
 
-cx_status convert_layout(const char* function, const cx_weight* from, cx_layout from_layout, cx_weight* to) {
+cx_status convert_layout(const char* function, const cx_weight* from, cx_layout from_layout, cx_weight* to,
+                         cx_device device_in, void*) {
+  Device device;
+  CX_TRY(check_device(function, device_in, &device));
   Weight source;
   CX_TRY(check_weight(function, from, from_layout, &source));
   if (to == nullptr) return fail(CX_INVALID_ARGUMENT, function, "to: expected a pointer, got NULL");
@@ -90,6 +93,7 @@ cx_status convert_layout(const char* function, const cx_weight* from, cx_layout 
   Weight checked;
   CX_TRY(check_weight(function, &target, from_layout == CX_CANONICAL ? CX_PACKED : CX_CANONICAL, &checked));
   const bool pack = from_layout == CX_CANONICAL;
+  if (device == Device::kCuda) return fail(CX_NOT_SUPPORTED, function, "device: CUDA packing is not in this version");
   convert_codes(source, static_cast<uint8_t*>(to->codes), pack);
   convert_groups(source, from->scales, to->scales, to->scales_bytes, size_of(source.scale_type), pack);
   if (source.zeros != nullptr) {

@@ -1,5 +1,6 @@
 // The torch operators, on the LibTorch Stable ABI: the only file that includes torch. Tensors become the structs of
 // the C API; checks and kernels live behind it. Fake kernels and autograd are in pyquant/ops.py.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +13,9 @@
 #include <tuple>
 
 #include "cutlass_ext/cutlass_ext.h"
+
+// In libtorch_cuda only; weak, so that the operators also load under a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
 
@@ -49,11 +53,37 @@ ScalarType scale_scalar_type(int64_t scale_type) {
   return scale_type <= CX_SCALE_BF16 ? scalar_type(static_cast<cx_dtype>(scale_type)) : ScalarType::Byte;
 }
 
-void check_tensor(const char* function, const char* argument, const Tensor& t, ScalarType type) {
-  if (t.scalar_type() == type && t.is_contiguous() && t.is_cpu()) return;
-  fail(std::string(function) + ": " + argument + ": expected a contiguous CPU tensor of " +
-       torch::headeronly::toString(type) + ", got " + (t.is_contiguous() ? "" : "a non-contiguous ") +
-       (t.is_cpu() ? "CPU" : "CUDA") + " tensor of " + torch::headeronly::toString(t.scalar_type()));
+// Where a call runs: the device of its first tensor, and on a GPU torch's current stream there.
+struct Place {
+  cx_device device = CX_CPU;
+  int32_t index = 0;
+  void* stream = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+
+  explicit Place(const Tensor& t) {
+    if (t.is_cpu()) return;
+    device = CX_CUDA;
+    index = t.get_device_index();
+    guard.emplace(index);
+    if (aoti_torch_get_current_cuda_stream == nullptr) fail("pyquant: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+
+  bool holds(const Tensor& t) const {
+    return device == CX_CPU ? t.is_cpu() : t.is_cuda() && t.get_device_index() == index;
+  }
+  std::string name() const { return device == CX_CPU ? "CPU" : "CUDA:" + std::to_string(index); }
+};
+
+std::string place_name(const Tensor& t) {
+  return t.is_cpu() ? "CPU" : t.is_cuda() ? "CUDA:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+void check_tensor(const char* function, const char* argument, const Tensor& t, ScalarType type, const Place& place) {
+  if (t.scalar_type() == type && t.is_contiguous() && place.holds(t)) return;
+  fail(std::string(function) + ": " + argument + ": expected a contiguous " + place.name() + " tensor of " +
+       torch::headeronly::toString(type) + ", got " + (t.is_contiguous() ? "" : "a non-contiguous ") + place_name(t) +
+       " tensor of " + torch::headeronly::toString(t.scalar_type()));
 }
 
 void check_numel(const char* function, const char* argument, const Tensor& t, int64_t numel) {
@@ -70,21 +100,21 @@ struct Shape {
   void push(int64_t size) { sizes[dims++] = size; }
 };
 
-Tensor empty(const Shape& shape, ScalarType type) {
+Tensor empty(const Shape& shape, ScalarType type, const Place& place) {
   int64_t strides[Shape::kMaxDims];
   for (int64_t i = shape.dims, stride = 1; i-- > 0; stride *= shape.sizes[i]) strides[i] = stride;
   // The shim itself: torch::stable::empty goes through the dispatcher by name, 1 us a call.
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dims, shape.sizes, strides,
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.dims, shape.sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      place.device == CX_CPU ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), place.index, &handle));
   return Tensor(handle);
 }
 
-Tensor empty(int64_t numel, ScalarType type) {
+Tensor empty(int64_t numel, ScalarType type, const Place& place) {
   Shape shape;
   shape.push(numel);
-  return empty(shape, type);
+  return empty(shape, type, place);
 }
 
 // A weight as the operators take it. Every argument of a call costs the host about half a microsecond, so what
@@ -97,46 +127,48 @@ struct WeightArguments {
   // fp32: tensor_scale [1], or for nested scales nested_offset [1], nested_map [256] and nested_absmax, one behind the
   // other.
   const std::optional<Tensor>& scale_data;
-  int64_t spec;  // format | scale type << 8 | zero type << 12 | group size << 16; pyquant.ops.encode_spec
+  // format | scale type << 8 | zero type << 12 | group size << 16 | programmatic launch << 48; pyquant.ops.encode_spec
+  int64_t spec;
   int64_t n;
   int64_t k;
 };
 
 constexpr int64_t kNestedMapSize = 256;
+constexpr int kProgrammaticLaunchBit = 48;
 
-cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a) {
+cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a, const Place& place) {
   cx_weight w{};
   w.format = static_cast<int32_t>(a.spec & 0xFF);
   w.layout = layout;
   w.scale_type = static_cast<cx_scale_type>(a.spec >> 8 & 0xF);
   w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0xF);
-  w.group_size = a.spec >> 16;
+  w.group_size = a.spec >> 16 & 0xFFFFFFFF;
   w.n = a.n;
   w.k = a.k;
   cx_weight_sizes sizes;  // also checks format, types, shape and group size
   check(function, cx_weight_bytes(&w, &sizes));
   const ScalarType scale = scale_scalar_type(w.scale_type);
-  check_tensor(function, "codes", a.codes, ScalarType::Byte);
-  check_tensor(function, "scales", a.scales, scale);
+  check_tensor(function, "codes", a.codes, ScalarType::Byte, place);
+  check_tensor(function, "scales", a.scales, scale, place);
   // The C API's structs have mutable pointers because cx_pack writes through them; here they are read.
   w.codes = const_cast<void*>(a.codes.const_data_ptr());
   w.scales = const_cast<void*>(a.scales.const_data_ptr());
   w.codes_bytes = static_cast<size_t>(a.codes.numel());
   w.scales_bytes = static_cast<size_t>(a.scales.numel()) * a.scales.element_size();
   if (a.zeros.has_value()) {
-    check_tensor(function, "zeros", *a.zeros, w.zero_type == CX_ZERO_INTEGER ? ScalarType::Byte : scale);
+    check_tensor(function, "zeros", *a.zeros, w.zero_type == CX_ZERO_INTEGER ? ScalarType::Byte : scale, place);
     w.zeros = const_cast<void*>(a.zeros->const_data_ptr());
     w.zeros_bytes = static_cast<size_t>(a.zeros->numel()) * a.zeros->element_size();
   }
   if (a.codebook.has_value()) {
     cx_format_info info;
     check(function, cx_get_format(w.format, &info));
-    check_tensor(function, "codebook", *a.codebook, ScalarType::Float);
+    check_tensor(function, "codebook", *a.codebook, ScalarType::Float, place);
     check_numel(function, "codebook", *a.codebook, int64_t{1} << info.bits);
     w.codebook = static_cast<const float*>(a.codebook->const_data_ptr());
   }
   if (a.scale_data.has_value()) {
-    check_tensor(function, "scale_data", *a.scale_data, ScalarType::Float);
+    check_tensor(function, "scale_data", *a.scale_data, ScalarType::Float, place);
     const float* data = static_cast<const float*>(a.scale_data->const_data_ptr());
     if (w.scale_type == CX_SCALE_NESTED) {
       check_numel(function, "scale_data", *a.scale_data, 1 + kNestedMapSize + sizes.nested_absmax_count);
@@ -180,7 +212,41 @@ Workspace& thread_workspace() {
 #define CX_TENSOR_SCHEMA "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? scale_data, "
 #define CX_SPEC_SCHEMA "int spec, int n, int k"
 
-Tensor run_gemm(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias, int32_t instance) {
+// Dequantizes into x's dtype, then torch's own GEMM.
+Tensor run_dense(const Tensor& x, const cx_weight& weight, cx_dtype dtype, const std::optional<Tensor>& bias,
+                 int32_t instance, const Place& place) {
+  Shape shape;
+  shape.push(weight.n);
+  shape.push(weight.k);
+  Tensor dense = empty(shape, x.scalar_type(), place);
+  check("gemm",
+        cx_dequantize(&weight, dtype, dense.mutable_data_ptr(), weight.k, place.device, place.stream, instance, 0));
+  StableIValue arguments[] = {torch::stable::detail::from(x), torch::stable::detail::from(dense),
+                              torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", arguments, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(arguments[0]);
+}
+
+bool is_gemm(int32_t instance) {
+  cx_instance_info info;
+  check("gemm", cx_get_instance(instance, &info));
+  return info.is_gemm != 0;
+}
+
+// What a call gives to the C API; y and the workspace come later. Holds what the pointers point into.
+struct GemmCall {
+  Tensor x;
+  std::optional<Tensor> bias;
+  Shape y_shape;
+  cx_gemm_args args{};
+
+  GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int64_t spec,
+           int32_t instance, const Place& place);
+};
+
+GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int64_t spec,
+                   int32_t instance, const Place& place)
+    : x(x_in) {
   const int64_t n = weight.n, k = weight.k;
   const int64_t dims = x_in.dim();
   if (dims > Shape::kMaxDims) fail("gemm: x: expected at most 16 dimensions, got " + std::to_string(dims));
@@ -190,38 +256,52 @@ Tensor run_gemm(const Tensor& x_in, const cx_weight& weight, const std::optional
   }
   // A matrix may have any row stride, but for rows that overlap; other strides are made contiguous.
   const bool rows = dims == 2 && x_in.stride(1) == 1 && (x_in.stride(0) >= k || x_in.stride(0) == 0);
-  const Tensor x = rows || x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
-  Shape shape;
+  if (!rows && !x_in.is_contiguous()) x = torch::stable::contiguous(x_in);
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < dims; ++i) {
-    shape.push(x.size(i));
-    m *= shape.sizes[i];
+    y_shape.push(x.size(i));
+    m *= y_shape.sizes[i];
   }
-  shape.push(n);
-
-  cx_gemm_args args{};
+  y_shape.push(n);
   args.weight = &weight;
   args.dtype = dtype_of(x, "gemm", "x");
-  std::optional<Tensor> dense_bias;
-  if (bias.has_value()) {
-    if (bias->dim() != 1 || bias->size(0) != n) {
-      fail("gemm: bias: expected shape [N=" + std::to_string(n) + "], got " + std::to_string(bias->numel()) +
-           " values in " + std::to_string(bias->dim()) + " dimensions");
+  if (bias_in.has_value()) {
+    if (bias_in->dim() != 1 || bias_in->size(0) != n) {
+      fail("gemm: bias: expected shape [N=" + std::to_string(n) + "], got " + std::to_string(bias_in->numel()) +
+           " values in " + std::to_string(bias_in->dim()) + " dimensions");
     }
-    dense_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    check_tensor("gemm", "bias", *dense_bias, x.scalar_type());
-    args.bias = dense_bias->const_data_ptr();
+    bias = bias_in->is_contiguous() ? *bias_in : torch::stable::contiguous(*bias_in);
+    check_tensor("gemm", "bias", *bias, x.scalar_type(), place);
+    args.bias = bias->const_data_ptr();
   }
-  Tensor y = empty(shape, x.scalar_type());
-  if (m == 0) return y;
   args.m = m;
   args.x = x.const_data_ptr();
   args.ldx = rows ? x.stride(0) : k;
-  args.y = y.mutable_data_ptr();
   args.ldy = n;
-  args.device = CX_CPU;
+  args.device = place.device;
+  args.stream = place.stream;
   args.instance = instance;
-  args.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  args.threads = place.device == CX_CPU ? static_cast<int32_t>(torch::stable::get_num_threads()) : 1;
+  if ((spec >> kProgrammaticLaunchBit & 1) != 0) args.flags |= CX_GEMM_PROGRAMMATIC_LAUNCH;
+}
+
+Tensor run_gemm(const Tensor& x, const cx_weight& weight, const std::optional<Tensor>& bias, int64_t spec,
+                int32_t instance, const Place& place) {
+  GemmCall call(x, weight, bias, spec, instance, place);
+  cx_gemm_args& args = call.args;
+  Tensor y = empty(call.y_shape, call.x.scalar_type(), place);
+  if (args.m == 0) return y;
+  args.y = y.mutable_data_ptr();
+  if (place.device == CX_CUDA) {
+    if (instance == -1) {
+      args.flags |= CX_GEMM_DENSE_FALLBACK;
+      check("gemm", cx_select_instance(&args, &args.instance));
+      args.flags &= ~CX_GEMM_DENSE_FALLBACK;
+      if (!is_gemm(args.instance)) return run_dense(x, weight, args.dtype, call.bias, args.instance, place);
+    }
+    check("gemm", cx_gemm(&args));  // no instance for CUDA needs a workspace
+    return y;
+  }
   // Most calls fit in the workspace of the thread's last one; asking first would check everything twice.
   Workspace& workspace = thread_workspace();
   args.workspace = workspace.data.get();
@@ -240,7 +320,20 @@ Tensor run_gemm(const Tensor& x_in, const cx_weight& weight, const std::optional
 }
 
 Tensor gemm(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
-  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS), bias, -1);
+  const Place place(x);
+  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS, place), bias, spec, -1, place);
+}
+
+// The instance that gemm would run, as an index; of a dequantizing one where torch's GEMM follows it.
+int64_t select_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
+  const Place place(x);
+  const cx_weight weight = to_weight("explain", CX_PACKED, CX_WEIGHT_ARGUMENTS, place);
+  GemmCall call(x, weight, bias, spec, -1, place);
+  call.args.y = const_cast<void*>(call.args.x);  // checked to be a pointer, not written
+  if (place.device == CX_CUDA) call.args.flags |= CX_GEMM_DENSE_FALLBACK;
+  int32_t index = 0;
+  check("explain", cx_select_instance(&call.args, &index));
+  return index;
 }
 
 Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS,
@@ -249,41 +342,45 @@ Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor
     fail("gemm: instance: expected 0.." + std::to_string(cx_instance_count() - 1) + ", got " +
          std::to_string(instance));
   }
-  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS), bias, static_cast<int32_t>(instance));
+  const Place place(x);
+  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS, place), bias, spec,
+                  static_cast<int32_t>(instance), place);
 }
 
 Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
-  const cx_weight weight = to_weight("dequantize", CX_PACKED, CX_WEIGHT_ARGUMENTS);
+  const Place place(codes);
+  const cx_weight weight = to_weight("dequantize", CX_PACKED, CX_WEIGHT_ARGUMENTS, place);
   if (dtype < CX_FP32 || dtype > CX_BF16) fail("dequantize: dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
   Shape shape;
   shape.push(n);
   shape.push(k);
-  Tensor out = empty(shape, scalar_type(static_cast<cx_dtype>(dtype)));
-  check("dequantize", cx_dequantize(&weight, static_cast<cx_dtype>(dtype), out.mutable_data_ptr(), k, CX_CPU, nullptr,
-                                    -1, static_cast<int32_t>(torch::stable::get_num_threads())));
+  Tensor out = empty(shape, scalar_type(static_cast<cx_dtype>(dtype)), place);
+  check("dequantize", cx_dequantize(&weight, static_cast<cx_dtype>(dtype), out.mutable_data_ptr(), k, place.device,
+                                    place.stream, -1, static_cast<int32_t>(torch::stable::get_num_threads())));
   return out;
 }
 
 // pack and unpack: codes, scales and zeros (empty without zeros) in the other layout.
 std::tuple<Tensor, Tensor, Tensor> convert(const char* function, cx_layout from_layout, const WeightArguments& a) {
-  const cx_weight from = to_weight(function, from_layout, a);
+  const Place place(a.codes);
+  const cx_weight from = to_weight(function, from_layout, a, place);
   cx_weight to = from;
   to.layout = from_layout == CX_CANONICAL ? CX_PACKED : CX_CANONICAL;
   cx_weight_sizes sizes;
   check(function, cx_weight_bytes(&to, &sizes));
   const auto count = [](size_t bytes, const Tensor& like) { return static_cast<int64_t>(bytes / like.element_size()); };
-  Tensor codes = empty(static_cast<int64_t>(sizes.codes_bytes), ScalarType::Byte);
-  Tensor scales = empty(count(sizes.scales_bytes, a.scales), a.scales.scalar_type());
-  Tensor zeros = a.zeros.has_value() ? empty(count(sizes.zeros_bytes, *a.zeros), a.zeros->scalar_type())
-                                     : empty(0, ScalarType::Byte);
+  Tensor codes = empty(static_cast<int64_t>(sizes.codes_bytes), ScalarType::Byte, place);
+  Tensor scales = empty(count(sizes.scales_bytes, a.scales), a.scales.scalar_type(), place);
+  Tensor zeros = a.zeros.has_value() ? empty(count(sizes.zeros_bytes, *a.zeros), a.zeros->scalar_type(), place)
+                                     : empty(0, ScalarType::Byte, place);
   to.codes = codes.mutable_data_ptr();
   to.scales = scales.mutable_data_ptr();
   to.zeros = a.zeros.has_value() ? zeros.mutable_data_ptr() : nullptr;
   to.codes_bytes = sizes.codes_bytes;
   to.scales_bytes = sizes.scales_bytes;
   to.zeros_bytes = sizes.zeros_bytes;
-  check(function,
-        from_layout == CX_CANONICAL ? cx_pack(&from, &to, CX_CPU, nullptr) : cx_unpack(&from, &to, CX_CPU, nullptr));
+  check(function, from_layout == CX_CANONICAL ? cx_pack(&from, &to, place.device, place.stream)
+                                              : cx_unpack(&from, &to, place.device, place.stream));
   return {codes, scales, zeros};
 }
 
@@ -301,15 +398,19 @@ STABLE_TORCH_LIBRARY(pyquant, m) {
   m.def("gemm(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ") -> Tensor");
   // A kernel of the caller's choice, for tests and profiling. Not an argument of gemm, where it would cost every call.
   m.def("gemm_instance(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ", int instance) -> Tensor");
+  m.def("select_instance(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ") -> int");
   m.def("dequantize(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ", int dtype) -> Tensor");
   m.def("pack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
   m.def("unpack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyquant, CPU, m) {
-  m.impl("gemm", TORCH_BOX(&gemm));
-  m.impl("gemm_instance", TORCH_BOX(&gemm_instance));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("pack", TORCH_BOX(&pack));
-  m.impl("unpack", TORCH_BOX(&unpack));
-}
+#define CX_IMPLEMENTATIONS(m)                             \
+  m.impl("gemm", TORCH_BOX(&gemm));                       \
+  m.impl("gemm_instance", TORCH_BOX(&gemm_instance));     \
+  m.impl("select_instance", TORCH_BOX(&select_instance)); \
+  m.impl("dequantize", TORCH_BOX(&dequantize));           \
+  m.impl("pack", TORCH_BOX(&pack));                       \
+  m.impl("unpack", TORCH_BOX(&unpack))
+
+STABLE_TORCH_LIBRARY_IMPL(pyquant, CPU, m) { CX_IMPLEMENTATIONS(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyquant, CUDA, m) { CX_IMPLEMENTATIONS(m); }

@@ -7,19 +7,19 @@
 
 namespace cutlass_ext {
 
-enum class Device { kCpu, kCuda };
-enum class Family { kStream, kTile, kDequant };
+enum class Family { kStream, kTile, kSimt, kDequant };
 
 struct Instance {
-  const char* name;  // <device>_<family>_<isa>, the key everywhere
+  const char* name;  // <device>_<family>_<isa or variant>, the key everywhere
   Device device;
   Family family;
-  bool (*available)();  // whether this machine can run it
-  // GEMM families; nullptr in kDequant.
+  bool (*available)();  // whether this machine (CUDA: the current device) can run it
+  // GEMM families; nullptr in kDequant. Kernels return nullptr, or what CUDA reported about the launch.
+  bool (*supports)(const GemmProblem&);  // nullptr: every problem of the device
   size_t (*workspace_bytes)(const GemmProblem&);
-  void (*gemm)(const GemmProblem&);
+  const char* (*gemm)(const GemmProblem&);
   // kDequant; nullptr in the others.
-  void (*dequantize)(const DequantizeProblem&);
+  const char* (*dequantize)(const DequantizeProblem&);
 };
 
 }  // namespace cutlass_ext

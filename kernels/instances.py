@@ -1,4 +1,8 @@
-"""Which kernel instances exist. A name is `<device>_<family>_<isa>`: C++ symbol, file, manifest key and test id."""
+"""Which kernel instances exist. A name is `<device>_<family>_<variant>`: C++ symbol, manifest key and test id.
+
+On the CPU the variant is an instruction set, and the generator writes one source per instance. CUDA instances are
+defined in kernels/cuda/; a build without CUDA leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instance:
-    """One compiled kernel: a family instantiated for an instruction set."""
+    """One kernel as the dispatch sees it."""
 
     device: str
     family: str
-    isa: str
+    variant: str
 
     @property
     def name(self) -> str:
-        return f"{self.device}_{self.family}_{self.isa}"
+        return f"{self.device}_{self.family}_{self.variant}"
 
 
 # Compiler flags of each CPU instruction set.
@@ -27,4 +31,6 @@ CPU_ISA_FLAGS = {
 }
 
 # Best first: the dispatch takes the first available one of the family it wants.
-INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))
+CPU_INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))
+CUDA_INSTANCES: tuple[Instance, ...] = ()
+INSTANCES = (*CPU_INSTANCES, *CUDA_INSTANCES)

@@ -8,6 +8,8 @@
 
 namespace cutlass_ext {
 
+enum class Device { kCpu, kCuda };
+
 // A packed weight. Scales and zeros lie as kernels/layout.hpp says.
 struct Weight {
   int64_t n;
@@ -33,6 +35,7 @@ struct Weight {
 };
 
 struct GemmProblem {
+  Device device;
   Weight weight;
   DType dtype;  // of x, y and bias
   int64_t m;
@@ -43,10 +46,12 @@ struct GemmProblem {
   const void* bias;  // nullptr: none
   void* workspace;
   void* stream;
-  int threads;  // CPU threads, >= 1
+  int threads;               // CPU threads, >= 1
+  bool programmatic_launch;  // CUDA: may start before the stream's previous kernel has ended (PDL)
 };
 
 struct DequantizeProblem {
+  Device device;
   Weight weight;
   DType dtype;  // of out
   void* out;    // [N, K]

@@ -3,14 +3,16 @@
 from . import functional, nn
 from ._version import __version__
 from .nn import quantize_model
-from .ops import linear
+from .ops import Explanation, explain, linear
 from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
 __all__ = [
+    "Explanation",
     "PackedWeight",
     "QuantizedWeight",
     "__version__",
+    "explain",
     "functional",
     "linear",
     "nn",

@@ -35,7 +35,12 @@ class _FormatInfo(ctypes.Structure):
 class _InstanceInfo(ctypes.Structure):
     """cx_instance_info."""
 
-    _fields_: ClassVar = [("name", ctypes.c_char_p), ("device", ctypes.c_int), ("available", ctypes.c_int32)]
+    _fields_: ClassVar = [
+        ("name", ctypes.c_char_p),
+        ("device", ctypes.c_int),
+        ("available", ctypes.c_int32),
+        ("is_gemm", ctypes.c_int32),
+    ]
 
 
 def load_torch_ops() -> None:
@@ -80,13 +85,20 @@ def formats() -> list[dict[str, Any]]:
 
 @functools.cache
 def instances() -> tuple[dict[str, Any], ...]:
-    """The kernel instances: name, device ("cpu" or "cuda"), available (on this machine), in manifest order."""
+    """The kernel instances: name, device ("cpu" or "cuda"), available (on this machine), is_gemm; in manifest order."""
     rows = []
     for i in range(_library().cx_instance_count()):
         info = _InstanceInfo()
         _check(_library().cx_get_instance(i, ctypes.byref(info)))
         device = ("cpu", "cuda")[info.device]
-        rows.append({"name": info.name.decode(), "device": device, "available": bool(info.available)})
+        rows.append(
+            {
+                "name": info.name.decode(),
+                "device": device,
+                "available": bool(info.available),
+                "is_gemm": bool(info.is_gemm),
+            }
+        )
     return tuple(rows)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._library import load_torch_ops
+from ._library import instances, load_torch_ops
 from .formats import NESTED_MAP_SIZE, ScaleType
 from .weight import PackedWeight, QuantizedWeight
 
@@ -21,13 +22,22 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # cx_dtype
 _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+# Bit of the operators' spec that allows programmatic dependent launch; cutlass_ext/torch_ops.cpp.
+_PDL_BIT = 48
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, pdl: bool = False
+) -> torch.Tensor:
     """``x @ dequant(weight)^T + bias``, as ``torch.nn.functional.linear``.
 
     Args:
         x: [..., K], fp32, fp16 or bf16, any strides.
         weight: [N, K], packed, on x's device.
         bias: [N] in x's dtype.
+        pdl: programmatic dependent launch (NVIDIA sm_90 and up, ignored elsewhere): the kernel may start, and read the
+            weight, while the kernel before it on the stream still runs; x and y are touched after that one has ended.
+            The weight must not be written by that kernel.
 
     Returns:
         [..., N] in x's dtype, accumulated in fp32. Gradients flow to x and bias.
@@ -35,8 +45,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    tensors, integers = op_arguments(weight)
-    return gemm(x, tensors, bias, integers)
+    tensors, (spec, n, k) = op_arguments(weight)
+    return gemm(x, tensors, bias, (spec | pdl << _PDL_BIT, n, k))
 
 
 def gemm(
@@ -57,6 +67,28 @@ def gemm(
         return _GEMM(x, *tensors, bias, *integers)
     with torch._C._AutoDispatchBelowAutograd():
         return _GEMM_EAGER(x, *tensors, bias, *integers)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel a call runs."""
+
+    instance: str  # a name of the instance list: <device>_<family>_<variant>
+    dense: bool  # True: the instance dequantizes the weight into x's dtype, and torch's own GEMM follows
+
+    def __str__(self) -> str:
+        return f"{self.instance}, then torch.nn.functional.linear" if self.dense else self.instance
+
+
+def explain(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> Explanation:
+    """What ``linear(x, weight, bias)`` would run, without running it.
+
+    Raises:
+        RuntimeError: as :func:`linear` would.
+    """
+    tensors, integers = op_arguments(weight)
+    row = instances()[torch.ops.pyquant.select_instance(x, *tensors, bias, *integers)]
+    return Explanation(row["name"], not row["is_gemm"])
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:

@@ -270,7 +270,7 @@ def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
 def gemm_instances() -> dict[int, str]:
     """Index and name of the GEMM kernels that this machine can run."""
     rows = enumerate(_library.instances())
-    return {i: row["name"] for i, row in rows if row["available"] and "_dequant_" not in row["name"]}
+    return {i: row["name"] for i, row in rows if row["available"] and row["is_gemm"] and row["device"] == "cpu"}
 
 
 def raw(t: torch.Tensor) -> torch.Tensor:
@@ -346,6 +346,7 @@ class CxGemmArgs(ctypes.Structure):
         ("workspace_bytes", ctypes.c_size_t),
         ("instance", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
     ]
 
 

@@ -24,6 +24,7 @@ endif()
 set(CMAKE_CUDA_ARCHITECTURES "${PYQUANT_ARCHS}")
 list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND -real)
 enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
 include("${CMAKE_CURRENT_LIST_DIR}/cutlass.cmake") # CX_CUTLASS_INCLUDE, CX_CUTLASS_VERSION
 if(NOT CX_CUTLASS_INCLUDE)
   set(CX_CUDA_STATUS "off: CUTLASS headers were not found (pip install nvidia-cutlass, or set CUTLASS_HOME)")

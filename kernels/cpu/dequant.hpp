@@ -43,7 +43,7 @@ static void dequantize_atoms(const DequantizeProblem& p, int64_t first_atom, int
 }
 
 template <class Isa>
-static void dequantize(const DequantizeProblem& p) {
+static const char* dequantize(const DequantizeProblem& p) {
   const int64_t atoms = layout::ceil_div(p.weight.n, layout::kAtomRows);
   with_kind<Isa>(p.weight, [&](auto kind) {
     using Kind = decltype(kind);
@@ -52,11 +52,12 @@ static void dequantize(const DequantizeProblem& p) {
       dequantize_atoms<Kind>(p, atoms * part / p.threads, atoms * (part + 1) / p.threads);
     }
   });
+  return nullptr;
 }
 
 template <class Isa>
 constexpr Instance make_dequant_instance(const char* name) {
-  return {name, Device::kCpu, Family::kDequant, &Isa::available, nullptr, nullptr, &dequantize<Isa>};
+  return {name, Device::kCpu, Family::kDequant, &Isa::available, nullptr, nullptr, nullptr, &dequantize<Isa>};
 }
 
 }  // namespace cutlass_ext::cpu

@@ -188,7 +188,7 @@ static void stream_atoms(const GemmProblem& p, const StreamPlan<typename Kind::I
 }
 
 template <class Isa>
-static void stream_gemm(const GemmProblem& p) {
+static const char* stream_gemm(const GemmProblem& p) {
   const StreamPlan<Isa> plan(p);
   float* x = static_cast<float*>(p.workspace);
   char* sums = static_cast<char*>(p.workspace) + plan.x_bytes;
@@ -209,6 +209,7 @@ static void stream_gemm(const GemmProblem& p) {
       }
     }
   });
+  return nullptr;
 }
 
 template <class Isa>
@@ -219,7 +220,7 @@ static size_t stream_workspace(const GemmProblem& p) {
 
 template <class Isa>
 constexpr Instance make_stream_instance(const char* name) {
-  return {name, Device::kCpu, Family::kStream, &Isa::available, &stream_workspace<Isa>, &stream_gemm<Isa>, nullptr};
+  return {name, Device::kCpu, Family::kStream, &Isa::available, nullptr, &stream_workspace<Isa>, &stream_gemm<Isa>, nullptr};
 }
 
 }  // namespace cutlass_ext::cpu

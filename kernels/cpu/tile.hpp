@@ -275,7 +275,7 @@ static void multiply_tiles(const GemmProblem& p, const TilePlan& plan, int64_t f
 }
 
 template <class Isa>
-static void tile_gemm(const GemmProblem& p) {
+static const char* tile_gemm(const GemmProblem& p) {
   const TilePlan plan = plan_tile<Isa>(p);
   float* x = static_cast<float*>(p.workspace);
   char* buffers = static_cast<char*>(p.workspace) + plan.x_bytes;
@@ -308,6 +308,7 @@ static void tile_gemm(const GemmProblem& p) {
       }
     }
   });
+  return nullptr;
 }
 
 template <class Isa>
@@ -318,7 +319,7 @@ static size_t tile_workspace(const GemmProblem& p) {
 
 template <class Isa>
 constexpr Instance make_tile_instance(const char* name) {
-  return {name, Device::kCpu, Family::kTile, &Isa::available, &tile_workspace<Isa>, &tile_gemm<Isa>, nullptr};
+  return {name, Device::kCpu, Family::kTile, &Isa::available, nullptr, &tile_workspace<Isa>, &tile_gemm<Isa>, nullptr};
 }
 
 }  // namespace cutlass_ext::cpu

@@ -4,6 +4,7 @@
  *  - A function that can fail returns a cx_status and, if that is not CX_OK, leaves a message for the calling thread in
  *    cx_last_error(): "function: argument: expected ..., got ...". Arguments are checked before anything is
  *    written. Nothing throws, exits or prints.
+ *  - CX_CUDA: pointers are of the current device, work is queued on `stream` and not waited for, nothing synchronizes.
  *  - Buffers, stream and workspace belong to the caller. Nothing is allocated for the caller.
  *  - Functions may be called from several threads at once, on the same weight too, with one workspace per call.
  *  - Matrices are row-major; leading dimensions (ldx, ldy, ld) count elements between rows.
@@ -115,7 +116,8 @@ typedef struct cx_format_info {
 typedef struct cx_instance_info {
   const char* name; /* <device>_<family>_<isa> */
   cx_device device;
-  int32_t available; /* nonzero: this machine can run it */
+  int32_t available; /* nonzero: this machine (CUDA: the current device) can run it */
+  int32_t is_gemm;   /* nonzero: for cx_gemm; 0: for cx_dequantize */
 } cx_instance_info;
 
 typedef struct cx_gemm_args {
@@ -133,7 +135,16 @@ typedef struct cx_gemm_args {
   size_t workspace_bytes;
   int32_t instance; /* an index below cx_instance_count, or -1: the dispatch chooses */
   int32_t threads;  /* CPU threads; 0: as many as OpenMP gives */
+  uint32_t flags;   /* CX_GEMM_... */
 } cx_gemm_args;
+
+/* CUDA, sm_90 and up: the kernel may start while the kernel before it on the stream still runs (programmatic dependent
+ * launch). It reads the weight at once, so the weight must have been written before that kernel was launched; it reads
+ * x and bias and writes y only after that kernel has ended. */
+#define CX_GEMM_PROGRAMMATIC_LAUNCH 1u
+/* For cx_select_instance: the caller has a dense GEMM, so the dispatch may answer with a dequantizing instance: for
+ * cx_dequantize, followed by the caller's GEMM. */
+#define CX_GEMM_DENSE_FALLBACK 2u
 
 /* major * 10000 + minor * 100 + patch of the library. */
 CX_API int32_t cx_version(void);
@@ -145,7 +156,7 @@ CX_API const char* cx_build_info(void);
 CX_API int32_t cx_format_count(void);
 CX_API cx_status cx_get_format(int32_t id, cx_format_info* info);
 
-/* Kernel instances of this build, and the one that cx_gemm would run. */
+/* Kernel instances of this build, and the one that cx_gemm would run (see CX_GEMM_DENSE_FALLBACK). */
 CX_API int32_t cx_instance_count(void);
 CX_API cx_status cx_get_instance(int32_t index, cx_instance_info* info);
 CX_API cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index);

@@ -77,6 +77,7 @@ struct Options {
   void* stream = nullptr;  // cudaStream_t; ignored on the CPU
   int32_t instance = -1;   // -1: the dispatch chooses
   int32_t threads = 0;     // CPU threads; 0: as many as OpenMP gives
+  uint32_t flags = 0;      // CX_GEMM_...
 };
 
 // Host memory at the 64-byte boundary that cx_gemm asks of a workspace.
@@ -176,7 +177,7 @@ cx_gemm_args gemm_args(const cx_weight& weight, MatrixView<const T> x, MatrixVie
   check_extent("gemm", "y: columns (N)", weight.n, y.cols);
   check_extent("gemm", "y: rows (M)", x.rows, y.rows);
   return {&weight, options.dtype,  x.rows,         x.data,  x.ld, y.data,           y.ld,
-          bias,    options.device, options.stream, nullptr, 0,    options.instance, options.threads};
+          bias,    options.device, options.stream, nullptr, 0,    options.instance, options.threads, options.flags};
 }
 
 }  // namespace detail
