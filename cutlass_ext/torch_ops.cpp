@@ -127,22 +127,22 @@ struct WeightArguments {
   // fp32: tensor_scale [1], or for nested scales nested_offset [1], nested_map [256] and nested_absmax, one behind the
   // other.
   const std::optional<Tensor>& scale_data;
-  // format | scale type << 8 | zero type << 12 | group size << 16 | programmatic launch << 48; pyquant.ops.encode_spec
+  // format | scale type << 8 | zero type << 12 | programmatic launch << 15 | group size << 16; pyquant.ops.encode_spec
   int64_t spec;
   int64_t n;
   int64_t k;
 };
 
 constexpr int64_t kNestedMapSize = 256;
-constexpr int kProgrammaticLaunchBit = 48;
+constexpr int kProgrammaticLaunchBit = 15;
 
 cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a, const Place& place) {
   cx_weight w{};
   w.format = static_cast<int32_t>(a.spec & 0xFF);
   w.layout = layout;
   w.scale_type = static_cast<cx_scale_type>(a.spec >> 8 & 0xF);
-  w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0xF);
-  w.group_size = a.spec >> 16 & 0xFFFFFFFF;
+  w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0x7);
+  w.group_size = a.spec >> 16;
   w.n = a.n;
   w.k = a.k;
   cx_weight_sizes sizes;  // also checks format, types, shape and group size

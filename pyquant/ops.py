@@ -23,7 +23,7 @@ _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
 
 
 # Bit of the operators' spec that allows programmatic dependent launch; cutlass_ext/torch_ops.cpp.
-_PDL_BIT = 48
+_PDL_BIT = 15
 
 
 def linear(
