@@ -127,21 +127,23 @@ struct WeightArguments {
   // fp32: tensor_scale [1], or for nested scales nested_offset [1], nested_map [256] and nested_absmax, one behind the
   // other.
   const std::optional<Tensor>& scale_data;
-  // format | scale type << 8 | zero type << 12 | programmatic launch << 15 | group size << 16; pyquant.ops.encode_spec
+  // format | scale type << 8 | zero type << 12 | group size << 16 (pyquant.ops.encode_spec), of which gemm takes
+  // kProgrammaticLaunch off
   int64_t spec;
   int64_t n;
   int64_t k;
 };
 
 constexpr int64_t kNestedMapSize = 256;
-constexpr int kProgrammaticLaunchBit = 15;
+// Added to the spec of a gemm that may use programmatic dependent launch; far above any group size.
+constexpr int64_t kProgrammaticLaunch = int64_t{1} << 62;
 
 cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a, const Place& place) {
   cx_weight w{};
   w.format = static_cast<int32_t>(a.spec & 0xFF);
   w.layout = layout;
   w.scale_type = static_cast<cx_scale_type>(a.spec >> 8 & 0xF);
-  w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0x7);
+  w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0xF);
   w.group_size = a.spec >> 16;
   w.n = a.n;
   w.k = a.k;
@@ -240,12 +242,12 @@ struct GemmCall {
   Shape y_shape;
   cx_gemm_args args{};
 
-  GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int64_t spec,
-           int32_t instance, const Place& place);
+  GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int32_t instance,
+           const Place& place);
 };
 
-GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int64_t spec,
-                   int32_t instance, const Place& place)
+GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int32_t instance,
+                   const Place& place)
     : x(x_in) {
   const int64_t n = weight.n, k = weight.k;
   const int64_t dims = x_in.dim();
@@ -282,13 +284,17 @@ GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optio
   args.stream = place.stream;
   args.instance = instance;
   args.threads = place.device == CX_CPU ? static_cast<int32_t>(torch::stable::get_num_threads()) : 1;
-  if ((spec >> kProgrammaticLaunchBit & 1) != 0) args.flags |= CX_GEMM_PROGRAMMATIC_LAUNCH;
 }
 
-Tensor run_gemm(const Tensor& x, const cx_weight& weight, const std::optional<Tensor>& bias, int64_t spec,
-                int32_t instance, const Place& place) {
-  GemmCall call(x, weight, bias, spec, instance, place);
+Tensor run_gemm(const Tensor& x, WeightArguments weight_arguments, const std::optional<Tensor>& bias,
+                int32_t instance) {
+  const Place place(x);
+  const bool programmatic_launch = weight_arguments.spec >= kProgrammaticLaunch;
+  if (programmatic_launch) weight_arguments.spec -= kProgrammaticLaunch;
+  const cx_weight weight = to_weight("gemm", CX_PACKED, weight_arguments, place);
+  GemmCall call(x, weight, bias, instance, place);
   cx_gemm_args& args = call.args;
+  if (programmatic_launch) args.flags |= CX_GEMM_PROGRAMMATIC_LAUNCH;
   Tensor y = empty(call.y_shape, call.x.scalar_type(), place);
   if (args.m == 0) return y;
   args.y = y.mutable_data_ptr();
@@ -320,15 +326,14 @@ Tensor run_gemm(const Tensor& x, const cx_weight& weight, const std::optional<Te
 }
 
 Tensor gemm(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
-  const Place place(x);
-  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS, place), bias, spec, -1, place);
+  return run_gemm(x, CX_WEIGHT_ARGUMENTS, bias, -1);
 }
 
 // The instance that gemm would run, as an index; of a dequantizing one where torch's GEMM follows it.
 int64_t select_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
   const Place place(x);
   const cx_weight weight = to_weight("explain", CX_PACKED, CX_WEIGHT_ARGUMENTS, place);
-  GemmCall call(x, weight, bias, spec, -1, place);
+  GemmCall call(x, weight, bias, -1, place);
   call.args.y = const_cast<void*>(call.args.x);  // checked to be a pointer, not written
   if (place.device == CX_CUDA) call.args.flags |= CX_GEMM_DENSE_FALLBACK;
   int32_t index = 0;
@@ -342,9 +347,7 @@ Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor
     fail("gemm: instance: expected 0.." + std::to_string(cx_instance_count() - 1) + ", got " +
          std::to_string(instance));
   }
-  const Place place(x);
-  return run_gemm(x, to_weight("gemm", CX_PACKED, CX_WEIGHT_ARGUMENTS, place), bias, spec,
-                  static_cast<int32_t>(instance), place);
+  return run_gemm(x, CX_WEIGHT_ARGUMENTS, bias, static_cast<int32_t>(instance));
 }
 
 Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {

@@ -22,8 +22,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # cx_dtype
 _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
 
 
-# Bit of the operators' spec that allows programmatic dependent launch; cutlass_ext/torch_ops.cpp.
-_PDL_BIT = 15
+# Added to a gemm's spec, allows programmatic dependent launch: kProgrammaticLaunch of cutlass_ext/torch_ops.cpp.
+_PDL = 1 << 62
 
 
 def linear(
@@ -46,7 +46,7 @@ def linear(
         RuntimeError: naming the argument, what was expected and what came.
     """
     tensors, (spec, n, k) = op_arguments(weight)
-    return gemm(x, tensors, bias, (spec | pdl << _PDL_BIT, n, k))
+    return gemm(x, tensors, bias, (spec + _PDL if pdl else spec, n, k))
 
 
 def gemm(
