@@ -23,6 +23,7 @@ struct Weight {
   bool is_codebook;
   int bias;               // integers: value = packed code - bias
   const float* codebook;  // codebooks: 2^bits values; integers: nullptr
+  bool codebook_on_device;  // of a CUDA problem: a user's own; the formats' tables are in host memory
   const uint8_t* codes;
   const void* scales;
   const void* zeros;

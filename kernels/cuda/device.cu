@@ -25,7 +25,6 @@ void query(int device, Entry& entry) {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&entry.properties.sms, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&entry.properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  entry.properties.clusters = major >= 9;
   cudaFuncAttributes attributes;
   const cudaError_t loaded = cudaFuncGetAttributes(&attributes, probe);
   if (loaded != cudaSuccess) {
@@ -36,6 +35,24 @@ void query(int device, Entry& entry) {
   }
   // What PTX was compiled for decides, not the device: sm_80 code on a newer GPU has no clusters.
   entry.properties.clusters = attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90;
+  entry.properties.clusters_at_once[0] = entry.properties.sms;
+  if (!entry.properties.clusters) return;
+  cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.properties.shared_bytes);
+  for (int i = 1; i < 4; ++i) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1u << i, 1, 1};
+    config.gridDim = dim3(1u << i);
+    config.blockDim = dim3(512);
+    config.dynamicSmemBytes = static_cast<size_t>(entry.properties.shared_bytes);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&entry.properties.clusters_at_once[i], probe, &config) != cudaSuccess) {
+      cudaGetLastError();
+      entry.properties.clusters_at_once[i] = 0;
+    }
+  }
 }
 
 Entry* current() {

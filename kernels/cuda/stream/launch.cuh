@@ -1,0 +1,114 @@
+// Launches the stream kernel: the choice among its compiled configurations, parameters, and the instance.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "kernels/cuda/stream/kernel.cuh"
+#include "kernels/cuda/stream/plan.hpp"
+#include "kernels/decode.hpp"
+#include "kernels/instance.hpp"
+
+namespace cutlass_ext::cuda::stream {
+
+template <class C>
+Compiled compiled() {
+  return {reinterpret_cast<const void*>(&stream_kernel<C>),
+          {C::kTokenTiles, C::kGroups, C::kRows, C::Codes::kTable, C::kScales == ScaleSource::kResolved,
+           partial_pitch(C::kAtoms), kXPitch}};
+}
+
+constexpr int kMaxTokens = 32;  // of a launch
+
+template <class Codes, int kTokenTiles, ScaleSource kScales>
+void add_atoms(Candidates* to) {
+  // 32 tokens leave registers for two atoms a warp.
+  if constexpr (kTokenTiles <= 2) {
+    to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
+    to->add(compiled<Config<Codes, 1, kTokenTiles, 1, kScales>>());
+  }
+  to->add(compiled<Config<Codes, 2, kTokenTiles, 1, kScales>>());
+}
+
+// The scale type that is x's own.
+template <class Codes>
+constexpr ScaleType own_scale() {
+  return std::is_same_v<typename Codes::T, __half> ? ScaleType::kFp16 : ScaleType::kBf16;
+}
+
+template <class Codes, int kTokenTiles>
+Candidates candidates_for(const Weight& w) {
+  Candidates found;
+  const int64_t group = w.group_size >= w.k ? layout::kBlockK : w.group_size;
+  if (group == 16) {
+    found.add(compiled<Config<Codes, 2, kTokenTiles, 4, ScaleSource::kResolved>>());
+  } else if (group == 32) {
+    found.add(compiled<Config<Codes, 2, kTokenTiles, 2, ScaleSource::kResolved>>());
+  } else if (w.zero_type == ZeroType::kNone && w.scale_type == ScaleType::kFp32) {
+    add_atoms<Codes, kTokenTiles, ScaleSource::kFp32>(&found);
+  } else if (w.zero_type == ZeroType::kNone && w.scale_type == own_scale<Codes>()) {
+    add_atoms<Codes, kTokenTiles, ScaleSource::k16Bit>(&found);
+  } else {
+    add_atoms<Codes, kTokenTiles, ScaleSource::kResolved>(&found);
+  }
+  return found;
+}
+
+template <class Codes>
+Candidates candidates_for(const Weight& w, int tokens) {
+  if (tokens <= 8) return candidates_for<Codes, 1>(w);
+  if (tokens <= 16) return candidates_for<Codes, 2>(w);
+  return candidates_for<Codes, 4>(w);
+}
+
+// What does not depend on the plan.
+Params params_of(const GemmProblem& problem, int64_t first_token, int tokens);
+
+// nullptr, or what CUDA reported.
+const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan);
+
+// Where integer accumulators start: codes.cuh.
+template <class Codes>
+void start_integers(const Weight& w, Params* p) {
+  const float bias = static_cast<float>(w.bias);
+  const float low = Codes::kMagic + bias, high = Codes::kMagic + Codes::kHighRows * bias;
+  const auto pair = [](float v) {  // exact in both types
+    const bool fp16 = std::is_same_v<typename Codes::T, __half>;
+    return (fp16 ? float_to_fp16(v) : float_to_bf16(v)) * 0x10001u;
+  };
+  p->start_low = pair(-low);
+  p->start_high = pair(-high);
+  p->zero_low = 1 / low;
+  p->zero_high = Codes::kHighRows / high;
+}
+
+template <class Codes>
+const char* gemm(const GemmProblem& problem) {
+  for (int64_t token = 0; token < problem.m; token += kMaxTokens) {
+    const int tokens = static_cast<int>(problem.m - token < kMaxTokens ? problem.m - token : kMaxTokens);
+    const Candidates candidates = candidates_for<Codes>(problem.weight, tokens);
+    Params params = params_of(problem, token, tokens);
+    if constexpr (!Codes::kTable) start_integers<Codes>(problem.weight, &params);
+    Plan plan;
+    const Compiled* kernel = choose_plan(problem, tokens, candidates, device_properties(), &params, &plan);
+    if (kernel == nullptr) return "no split of the problem fits this device's shared memory";
+    if (const char* error = launch(kernel->function, problem, params, plan)) return error;
+  }
+  return nullptr;
+}
+
+template <class Codes, DType kDType>
+bool supports(const GemmProblem& problem) {
+  const Weight& w = problem.weight;
+  return problem.dtype == kDType && w.bits == 4 && w.is_codebook == Codes::kTable && !w.flat_scales &&
+         layout::ceil_div(w.k, w.group_size) * w.n / kNestedBlock < INT32_MAX;
+}
+
+template <class Codes, DType kDType>
+constexpr Instance make_instance(const char* name) {
+  return {name, Device::kCuda, Family::kStream, &device_available, &supports<Codes, kDType>, nullptr, &gemm<Codes>,
+          nullptr};
+}
+
+}  // namespace cutlass_ext::cuda::stream
