@@ -147,6 +147,7 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
   CX_TRY(check_bytes(function, "zeros_bytes", w->zeros_bytes, sizes.zeros_bytes));
   CX_TRY(check_bytes(function, "nested_absmax_count", static_cast<size_t>(w->nested_absmax_count),
                      static_cast<size_t>(sizes.nested_absmax_count)));
+  out->packed = expected == CX_PACKED;
   out->n = w->n;
   out->k = w->k;
   out->group_size = w->group_size;
@@ -158,6 +159,7 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
   out->is_codebook = format->is_codebook();
   out->bias = format->bias();
   out->codebook = w->codebook != nullptr ? w->codebook : format->codebook;
+  out->own_codebook = w->codebook != nullptr;
   out->codes = static_cast<const uint8_t*>(w->codes);
   out->scales = w->scales;
   out->zeros = w->zeros;

@@ -10,8 +10,9 @@ namespace cutlass_ext {
 
 enum class Device { kCpu, kCuda };
 
-// A packed weight. Scales and zeros lie as kernels/layout.hpp says.
+// A weight. Packed codes, scales and zeros lie as kernels/layout.hpp says; GEMMs get packed weights only.
 struct Weight {
+  bool packed;  // else canonical
   int64_t n;
   int64_t k;
   int64_t group_size;
@@ -23,6 +24,7 @@ struct Weight {
   bool is_codebook;
   int bias;               // integers: value = packed code - bias
   const float* codebook;  // codebooks: 2^bits values; integers: nullptr
+  bool own_codebook;      // `codebook` is the weight's own, on its device; else the format's, in host memory
   const uint8_t* codes;
   const void* scales;
   const void* zeros;
