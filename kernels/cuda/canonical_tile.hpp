@@ -53,8 +53,12 @@ struct CanonicalTile {
     constexpr int kSize = static_cast<int>(sizeof(Access));
     constexpr int kPerRow = kRowBytes / kSize;
     static_assert(kRowBytes % kSize == 0);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < layout::kBlockRows * kPerRow; i += kTileThreads) {
+    constexpr int kCount = layout::kBlockRows * kPerRow;
+    // All loads of a thread before its first store.
+#pragma unroll(kSize == 16 ? (kCount + kTileThreads - 1) / kTileThreads : 4)
+    for (int first = 0; first < kCount; first += kTileThreads) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      if (kCount % kTileThreads != 0 && i >= kCount) break;
       const int row = i / kPerRow, byte = i % kPerRow * kSize;
       const int64_t n = slab * layout::kBlockRows + row;
       const int64_t in_row = tile_k * kRowBytes + byte;

@@ -36,8 +36,6 @@ struct DequantParameters {
   CodeRows rows;
   int64_t blocks;  // along k
   uint32_t tiles;  // along k
-  // Where a row starts in the numbering that groups follow: 0, or where scales are flat n * K.
-  __device__ int64_t row_start(int64_t n) const { return weight.flat_scales ? n * weight.k : 0; }
 };
 
 // The codes of a tile as they lie in memory, from which a thread reads chunks of a fixed place in the rows.
@@ -153,31 +151,41 @@ struct TileScales {
   float zeros[layout::kBlockRows][kMaxSlots + 1];
 };
 
-template <bool kPacked, bool kZeros>
+template <bool kPacked, bool kZeros, bool kFlat>
 __device__ void decode_scales(TileScales& tile, const DequantParameters& p, int64_t slab, int64_t first_k) {
   const Weight& w = p.weight;
   const int64_t last_k = min(first_k + kTileK, w.k) - 1;
   // Flat groups may begin anywhere in a tile.
-  const int count = w.flat_scales ? ((kTileK - 1) >> p.group_shift) + 2
-                                  : static_cast<int>((last_k >> p.group_shift) - (first_k >> p.group_shift)) + 1;
-  for (int i = threadIdx.x; i < layout::kBlockRows * count; i += kTileThreads) {
-    // In the order of memory.
-    const int slot = kPacked ? i / layout::kBlockRows : i % count;
-    const int row = kPacked ? layout::scale_row(i % layout::kBlockRows) : i / count;
-    const int64_t n = slab * layout::kBlockRows + row;
-    const int64_t group = ((p.row_start(n) + first_k) >> p.group_shift) + slot;
+  const int count = kFlat ? ((kTileK - 1) >> p.group_shift) + 2
+                          : static_cast<int>((last_k >> p.group_shift) - (first_k >> p.group_shift)) + 1;
+  // A thread stays in its row; neighbours are neighbours in memory.
+  constexpr int kRowThreads = kTileThreads / layout::kBlockRows;
+  const int row = kPacked ? layout::scale_row(threadIdx.x % layout::kBlockRows) : threadIdx.x / kRowThreads;
+  const int64_t n = slab * layout::kBlockRows + row;
+  const int64_t first_group = ((kFlat ? n * w.k : 0) + first_k) >> p.group_shift;
+  const int64_t first_number = kFlat ? first_group : n * p.groups + first_group;
+  const int64_t first_index = kPacked && !kFlat ? (slab * p.packed_groups + first_group) * layout::kBlockRows +
+                                                      layout::scale_position(row)
+                                                : first_number;
+  constexpr int kStep = kPacked && !kFlat ? layout::kBlockRows : 1;
+  for (int slot = kPacked ? threadIdx.x / layout::kBlockRows : threadIdx.x % kRowThreads; slot < count;
+       slot += kRowThreads) {
     float scale = 0, zero = 0;
-    if (n < w.n && group < p.groups) {
-      const int64_t number = w.flat_scales ? group : n * p.groups + group;
-      const int64_t index = kPacked && !w.flat_scales
-                                ? (slab * p.packed_groups + group) * layout::kBlockRows + layout::scale_position(row)
-                                : number;
-      scale = decode_scale(w, index, number);
+    if (n < w.n && first_group + slot < p.groups) {
+      const int64_t index = first_index + slot * kStep;
+      scale = decode_scale(w, index, first_number + slot);
       if (kZeros && w.zero_type != ZeroType::kNone) zero = decode_zero(w, index);
     }
     tile.scales[row][slot] = scale;
     if (kZeros) tile.zeros[row][slot] = zero;
   }
+}
+
+// An assignment of uint4 may become four stores.
+__device__ __forceinline__ void store_16_bytes(void* to, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
 }
 
 __device__ uint32_t round_pair(float low, float high, __half) {
@@ -200,7 +208,7 @@ __device__ uint4 round_chunk(const float (&values)[kChunk]) {
   }
 }
 
-template <int kBits, CodeOrder kOrder, bool kPacked, class Out>
+template <int kBits, CodeOrder kOrder, bool kPacked, bool kFlat, class Out>
 __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_constant__ DequantParameters p) {
   constexpr int kChunk = 16 / sizeof(Out);
   constexpr int kRowThreads = kTileK / kChunk;  // of one row
@@ -215,42 +223,46 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_con
   const int64_t slab = blockIdx.x / p.tiles, tile_k = blockIdx.x % p.tiles;
   const int64_t first_k = tile_k * kTileK;
   Codes::load(tile, p, slab, tile_k);
-  decode_scales<kPacked, kInteger>(decoded, p, slab, first_k);
+  decode_scales<kPacked, kInteger, kFlat>(decoded, p, slab, first_k);
   if constexpr (!kInteger) p.codebook.template copy_to<kBits>(table);
   __syncthreads();
 
   const int k = threadIdx.x % kRowThreads * kChunk;
-  const int64_t left_k = w.k - first_k - k;
+  const int left_k = static_cast<int>(min(w.k - first_k, int64_t{kTileK})) - k;
   if (left_k <= 0) return;
+  const int left_rows = static_cast<int>(min(w.n - slab * layout::kBlockRows, int64_t{layout::kBlockRows}));
+  const bool vector = p.vectors && left_k >= kChunk;
   // 2^23 + code is a float whose low bits are the code.
   const float magic = 8388608.0f + static_cast<float>(w.bias);
+  int slot = static_cast<int>(((first_k + k) >> p.group_shift) - (first_k >> p.group_shift));
 #pragma unroll 1
   for (int g = threadIdx.x / kRowThreads; g < 8; g += kPassRows) {
     const Codes codes_of_rows(tile, g, k, static_cast<uint32_t>(w.bias));
+    Out* out = static_cast<Out*>(p.out) + (slab * layout::kBlockRows + g) * p.ld + first_k + k;
 #pragma unroll
-    for (int i = 0; i < layout::kBlockRows / 8; ++i) {
+    for (int i = 0; i < layout::kBlockRows / 8; ++i, out += 8 * p.ld) {
       const int row = g + 8 * i;
-      const int64_t n = slab * layout::kBlockRows + row;
-      if (n >= w.n) break;
+      if (row >= left_rows) break;
       uint32_t codes[kChunk];
       codes_of_rows.read(i, codes);
-      const int64_t start = p.row_start(n) + first_k;
-      const int slot = static_cast<int>((start + k >> p.group_shift) - (start >> p.group_shift));
-      float scale = decoded.scales[row][slot];
-      // Codes of the chunk in the first one's group: all, unless groups are flat.
-      const int64_t group_left = w.flat_scales ? w.group_size - (start + k & w.group_size - 1) : kChunk;
+      int group_left = kChunk;  // codes of the chunk in the first one's group: all, unless groups are flat
+      if constexpr (kFlat) {
+        const int64_t start = (slab * layout::kBlockRows + row) * w.k + first_k;
+        slot = static_cast<int>(((start + k) >> p.group_shift) - (start >> p.group_shift));
+        group_left = static_cast<int>(min(w.group_size - ((start + k) & (w.group_size - 1)), int64_t{kChunk}));
+      }
+      const float scale = decoded.scales[row][slot];
+      const float next_scale = kFlat && group_left < kChunk ? decoded.scales[row][slot + 1] : scale;
+      const float zero = kInteger ? decoded.zeros[row][slot] : 0.0f;
       float values[kChunk];
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        if (!kInteger && e == group_left) scale = decoded.scales[row][slot + 1];
-        const float value =
-            kInteger ? __uint_as_float(0x4B000000u | codes[e]) - magic - decoded.zeros[row][slot] : table[codes[e]];
-        values[e] = __fmul_rn(value, scale);
+        const float value = kInteger ? __uint_as_float(0x4B000000u | codes[e]) - magic - zero : table[codes[e]];
+        values[e] = __fmul_rn(value, kFlat && e >= group_left ? next_scale : scale);
       }
-      Out* out = static_cast<Out*>(p.out) + n * p.ld + first_k + k;
       const uint4 rounded = round_chunk<Out>(values);
-      if (p.vectors && left_k >= kChunk) {
-        *reinterpret_cast<uint4*>(out) = rounded;
+      if (vector) {
+        store_16_bytes(out, rounded);
       } else {
         Out elements[kChunk];
         memcpy(elements, &rounded, sizeof elements);
@@ -263,14 +275,23 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_con
   }
 }
 
-template <int kBits, CodeOrder kOrder, class Out>
+template <int kBits, CodeOrder kOrder, bool kFlat, class Out>
 void launch(const DequantParameters& p, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(tile_count(p.weight.n, p.weight.k));
   if (p.weight.packed) {
-    dequantize_tile<kBits, kOrder, true, Out><<<grid, kTileThreads, 0, stream>>>(p);
+    dequantize_tile<kBits, kOrder, true, kFlat, Out><<<grid, kTileThreads, 0, stream>>>(p);
   } else {
-    dequantize_tile<kBits, kOrder, false, Out><<<grid, kTileThreads, 0, stream>>>(p);
+    dequantize_tile<kBits, kOrder, false, kFlat, Out><<<grid, kTileThreads, 0, stream>>>(p);
   }
+}
+
+// Flat groups belong to codebook formats (kernels/format.hpp).
+template <int kBits, CodeOrder kOrder, class Out>
+void launch(const DequantParameters& p, cudaStream_t stream) {
+  if constexpr (kOrder == CodeOrder::kPairs) {
+    if (p.weight.flat_scales) return launch<kBits, kOrder, true, Out>(p, stream);
+  }
+  launch<kBits, kOrder, false, Out>(p, stream);
 }
 
 template <class Out>

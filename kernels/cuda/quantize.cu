@@ -1,5 +1,5 @@
 // One pass over w: lanes of a warp share a group, find its range, store its scale and then its codes, eight codes
-// (kBits whole bytes) at a time. Groups of up to 256 weights stay in registers; longer ones are read twice, the second
+// (kBits whole bytes) at a time. Groups of up to 512 weights stay in registers; longer ones are read twice, the second
 // time from a cache. Where flat groups cross row ends, scales and codes are two passes: codes are packed row by row.
 #include <cfloat>
 #include <cmath>
@@ -15,14 +15,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kChunk = 8;  // weights of a thread at a time
+constexpr int kChunk = 8;   // weights of a thread at a time
+constexpr int kChunks = 2;  // of a thread, where groups are short: what a scale costs is shared by 16 weights
 constexpr int kMaxGridY = 65535;
 constexpr uint32_t kInfinity = 0x7F800000u;
 
 // ---- values of w
 
+// How many of a chunk's weights there are, with `left` before the end.
+__device__ __forceinline__ int clamp_count(int64_t left) {
+  return left >= kChunk ? kChunk : left > 0 ? static_cast<int>(left) : 0;
+}
+
 template <DType kType>
-__device__ __forceinline__ void load_chunk(const void* w, int64_t index, int64_t count, bool vectors,
+__device__ __forceinline__ void load_chunk(const void* w, int64_t index, int count, bool vectors,
                                            float (&values)[kChunk]) {
   if (vectors && count >= kChunk) {
     if constexpr (kType == DType::kFp32) {
@@ -58,11 +64,20 @@ struct Range {
   float low = INFINITY, high = -INFINITY;
 
   template <bool kAsymmetric>
-  __device__ __forceinline__ void add(const float (&values)[kChunk], int64_t count) {
+  __device__ __forceinline__ void add(const float (&values)[kChunk], int count) {
+    // Values beyond the end are 0.
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      absmax = max(absmax, __float_as_uint(values[i]) & 0x7FFFFFFFu);  // values beyond the end are 0
-      if (kAsymmetric && i < count) low = fminf(low, values[i]), high = fmaxf(high, values[i]);
+    for (int i = 0; i < kChunk; ++i) absmax = max(absmax, __float_as_uint(values[i]) & 0x7FFFFFFFu);
+    if constexpr (kAsymmetric) {
+      if (count >= kChunk) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) low = fminf(low, values[i]), high = fmaxf(high, values[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          if (i < count) low = fminf(low, values[i]), high = fmaxf(high, values[i]);
+        }
+      }
     }
   }
   // Over `lanes` neighbouring lanes, a power of two.
@@ -99,10 +114,6 @@ struct Parameters {
   float* absmax;         // nested: one per group
   QuantizeStatus* status;
 
-  __device__ float tensor_scale() const {
-    const float absmax = __uint_as_float(status->absmax);
-    return absmax > 0 ? __fdiv_rn(absmax, __fmul_rn(largest, 448.0f)) : 1.0f;  // 448: the largest E4M3
-  }
 };
 
 // 1 / scale, and 0 where that is not finite, so that a group of zeros becomes zeros.
@@ -138,7 +149,7 @@ __device__ GroupScale codebook_scale(const Parameters& p, int64_t group, float a
       scale = e8m0_to_float(code);
       break;
     case ScaleType::kE4M3: {
-      const float tensor_scale = p.tensor_scale();
+      const float tensor_scale = *p.weight.tensor_scale;
       code = float_to_e4m3(__fdiv_rn(__fdiv_rn(absmax, p.largest), tensor_scale));
       scale = __fmul_rn(e4m3_to_float(code), tensor_scale);
       break;
@@ -215,15 +226,20 @@ struct Coder {
   }
 };
 
+// Eight codes, side by side.
+template <int kBits>
+using CodeChunk = std::conditional_t<(kBits > 4), uint64_t, uint32_t>;
+
 // Stores the first `count` of eight codes; unused bits of the last byte are 0.
 template <int kBits>
-__device__ __forceinline__ void store_codes(uint8_t* to, uint64_t codes, int64_t count, bool words) {
-  using Word = std::conditional_t<kBits == 8, uint64_t, std::conditional_t<kBits == 4, uint32_t, uint16_t>>;
+__device__ __forceinline__ void store_codes(uint8_t* to, CodeChunk<kBits> codes, int count, bool words) {
+  using Word = std::conditional_t<kBits == 2, uint16_t, CodeChunk<kBits>>;
   if (kBits % 2 == 0 && words && count >= kChunk) {
     *reinterpret_cast<Word*>(to) = static_cast<Word>(codes);
     return;
   }
-  const int bytes = count >= kChunk ? kBits : static_cast<int>(count * kBits + 7) / 8;
+  if (count < kChunk) codes &= (CodeChunk<kBits>{1} << count * kBits) - 1;
+  const int bytes = count >= kChunk ? kBits : (count * kBits + 7) / 8;
 #pragma unroll
   for (int i = 0; i < kBits; ++i) {
     if (i < bytes) to[i] = static_cast<uint8_t>(codes >> 8 * i);
@@ -238,47 +254,60 @@ using TableOf = SearchTable<Coder::kBits <= 5 ? Coder::kBits : 2>;
 template <class Coder>
 __device__ __forceinline__ void encode_chunk(const Parameters& p, const TreeOf<Coder>& tree,
                                              const TableOf<Coder>& table, const float (&values)[kChunk],
-                                             GroupScale scale, int64_t n, int64_t k, int64_t count) {
-  uint64_t codes = 0;
+                                             GroupScale scale, int64_t n, int64_t k, int count) {
+  using Codes = CodeChunk<Coder::kBits>;
+  Codes codes = 0;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const uint32_t code = i < count ? Coder::code(tree, table, values[i], scale) : 0;
-    codes |= uint64_t{code} << Coder::kBits * i;
-  }
+  for (int i = 0; i < kChunk; ++i) codes |= Codes{Coder::code(tree, table, values[i], scale)} << Coder::kBits * i;
   auto* to = const_cast<uint8_t*>(p.weight.codes) + n * p.row_bytes + k * Coder::kBits / 8;
   store_codes<Coder::kBits>(to, codes, count, p.words);
 }
 
 // ---- kernels
 
-// Groups of at most 256 weights: 2^lanes_log2 lanes of eight weights each, all in registers.
+// Groups of at most 512 weights: 2^lanes_log2 lanes of two chunks each, all in registers.
 template <class Coder, DType kType, bool kCodes>
-__global__ void __launch_bounds__(kThreads)
-    quantize_groups(const __grid_constant__ Parameters p, const __grid_constant__ TreeOf<Coder> tree) {
+__global__ void __launch_bounds__(kThreads) quantize_groups(const __grid_constant__ Parameters p,
+                                                            const __grid_constant__ TreeOf<Coder> tree) {
   __shared__ TableOf<Coder> table;
   if constexpr (kCodes && Coder::kEncoding == Encoding::kCodebook) {
     table.fill(tree);
     __syncthreads();
   }
   const int row_threads = 1 << p.row_threads_log2, lanes = 1 << p.lanes_log2;
-  const int64_t column = int64_t{blockIdx.x} * row_threads + threadIdx.x % row_threads;
+  const int64_t column = int64_t{blockIdx.x} * row_threads + (threadIdx.x & (row_threads - 1));
   const int64_t group = column >> p.lanes_log2;
-  const int64_t offset = (column & (lanes - 1)) * kChunk;  // in the group
-  const int64_t k = group * p.group_size + offset;
-  const bool store = offset == 0 && group < p.groups;
-  const int64_t count = group < p.groups ? min(min(p.group_size - offset, p.k - k), int64_t{kChunk}) : 0;
-  const int block_rows = kThreads >> p.row_threads_log2;
-  for (int64_t n = int64_t{blockIdx.y} * block_rows + (threadIdx.x >> p.row_threads_log2);
-       n - (threadIdx.x >> p.row_threads_log2) < p.n; n += int64_t{gridDim.y} * block_rows) {
-    const bool inside = n < p.n;
-    float values[kChunk] = {};
-    if (inside && count > 0) load_chunk<kType>(p.w, n * p.ld + k, count, p.vectors, values);
+  const int lane = static_cast<int>(column) & (lanes - 1);
+  const int64_t first = group * p.group_size;
+  const int64_t length = group < p.groups ? min(p.group_size, p.k - first) : 0;
+  int counts[kChunks];
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) counts[j] = clamp_count(length - (j * lanes + lane) * kChunk);
+  const int block_rows = kThreads >> p.row_threads_log2, row = threadIdx.x >> p.row_threads_log2;
+  for (int64_t base = int64_t{blockIdx.y} * block_rows; base < p.n; base += int64_t{gridDim.y} * block_rows) {
+    const int64_t n = base + row;
+    const bool inside = n < p.n && length > 0;
+    float values[kChunks][kChunk] = {};
     Range range;
-    range.template add<Coder::kAsymmetric>(values, count);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (inside && counts[j] > 0) {
+        load_chunk<kType>(p.w, n * p.ld + first + (j * lanes + lane) * kChunk, counts[j], p.vectors, values[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) range.template add<Coder::kAsymmetric>(values[j], counts[j]);
     range.template share<Coder::kAsymmetric>(lanes);
-    if (!inside || count <= 0) continue;
-    const GroupScale scale = Coder::scale(p, n * p.groups + group, range, store);
-    if constexpr (kCodes) encode_chunk<Coder>(p, tree, table, values, scale, n, k, count);
+    if (!inside) continue;
+    const GroupScale scale = Coder::scale(p, n * p.groups + group, range, lane == 0);
+    if constexpr (kCodes) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        if (counts[j] > 0) {
+          encode_chunk<Coder>(p, tree, table, values[j], scale, n, first + (j * lanes + lane) * kChunk, counts[j]);
+        }
+      }
+    }
   }
 }
 
@@ -300,8 +329,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int64_t i = lane * kChunk; i < length; i += kWarpSize * kChunk) {
     float values[kChunk];
-    load_chunk<kType>(p.w, n * p.ld + first + i, length - i, p.vectors, values);
-    range.template add<Coder::kAsymmetric>(values, length - i);
+    const int count = clamp_count(length - i);
+    load_chunk<kType>(p.w, n * p.ld + first + i, count, p.vectors, values);
+    range.template add<Coder::kAsymmetric>(values, count);
   }
   range.template share<Coder::kAsymmetric>(kWarpSize);
   const GroupScale scale = Coder::scale(p, index, range, lane == 0);
@@ -309,8 +339,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 2
     for (int64_t i = lane * kChunk; i < length; i += kWarpSize * kChunk) {
       float values[kChunk];
-      load_chunk<kType>(p.w, n * p.ld + first + i, length - i, p.vectors, values);
-      encode_chunk<Coder>(p, tree, table, values, scale, n, first + i, length - i);
+      const int count = clamp_count(length - i);
+      load_chunk<kType>(p.w, n * p.ld + first + i, count, p.vectors, values);
+      encode_chunk<Coder>(p, tree, table, values, scale, n, first + i, count);
     }
   }
 }
@@ -323,8 +354,8 @@ __global__ void __launch_bounds__(kThreads)
   table.fill(tree);
   __syncthreads();
   const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kChunk;
-  const int64_t count = min(p.k - k, int64_t{kChunk});
-  if (count <= 0) return;
+  const int count = clamp_count(p.k - k);
+  if (count == 0) return;
   const auto inverse_of = [&](int64_t group) {
     return reciprocal(p.absmax != nullptr ? p.absmax[group] : decode_scale(p.weight, group, group));
   };
@@ -332,14 +363,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = n * p.ld + k;
     float values[kChunk];
     load_chunk<kType>(p.w, start, count, p.vectors, values);
-    const int64_t group = start >> p.group_shift, last = start + count - 1 >> p.group_shift;
+    const int64_t group = start >> p.group_shift, last = (start + count - 1) >> p.group_shift;
     const float first = inverse_of(group), second = group == last ? first : inverse_of(last);
-    uint64_t codes = 0;
+    using Codes = CodeChunk<Coder::kBits>;
+    Codes codes = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const GroupScale scale{start + i >> p.group_shift == group ? first : second, 0};
-      const uint32_t code = i < count ? Coder::code(tree, table, values[i], scale) : 0;
-      codes |= uint64_t{code} << Coder::kBits * i;
+      const GroupScale scale{(start + i) >> p.group_shift == group ? first : second, 0};
+      codes |= Codes{Coder::code(tree, table, values[i], scale)} << Coder::kBits * i;
     }
     auto* to = const_cast<uint8_t*>(p.weight.codes) + n * p.row_bytes + k * Coder::kBits / 8;
     store_codes<Coder::kBits>(to, codes, count, p.words);
@@ -349,7 +380,7 @@ __global__ void __launch_bounds__(kThreads)
 template <DType kType>
 __global__ void __launch_bounds__(kThreads) find_absmax(const __grid_constant__ Parameters p) {
   const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kChunk;
-  const int64_t count = min(p.k - k, int64_t{kChunk});
+  const int count = clamp_count(p.k - k);
   Range range;
   for (int64_t n = blockIdx.y; n < p.n; n += gridDim.y) {
     if (count <= 0) continue;
@@ -358,10 +389,17 @@ __global__ void __launch_bounds__(kThreads) find_absmax(const __grid_constant__ 
     range.template add<false>(values, count);
   }
   range.template share<false>(kWarpSize);
-  if (threadIdx.x % kWarpSize == 0 && range.absmax > 0) atomicMax(&p.status->absmax, range.absmax);
+  // Most find a larger value there already.
+  if (threadIdx.x % kWarpSize == 0 && range.absmax > *const_cast<volatile uint32_t*>(&p.status->absmax)) {
+    atomicMax(&p.status->absmax, range.absmax);
+  }
 }
 
-__global__ void store_tensor_scale(Parameters p) { *const_cast<float*>(p.weight.tensor_scale) = p.tensor_scale(); }
+// The factor that maps the largest scale of a group to E4M3's largest value.
+__global__ void store_tensor_scale(const __grid_constant__ Parameters p) {
+  const float absmax = __uint_as_float(p.status->absmax);
+  *const_cast<float*>(p.weight.tensor_scale) = absmax > 0 ? __fdiv_rn(absmax, __fmul_rn(p.largest, 448.0f)) : 1.0f;
+}
 
 // ---- nested absmax
 
@@ -438,12 +476,12 @@ dim3 grid_of(int64_t columns, int64_t rows) {
 template <class Coder, DType kType, bool kCodes>
 void launch_groups(Parameters p, const TreeOf<Coder>& tree, cudaStream_t stream) {
   const int64_t length = std::min(p.group_size, p.k);
-  if (length > kWarpSize * kChunk) {
+  if (length > kWarpSize * kChunks * kChunk) {
     const auto grid = static_cast<unsigned>(layout::ceil_div(p.n * p.groups, kWarps));
     quantize_long_groups<Coder, kType, kCodes><<<grid, kThreads, 0, stream>>>(p, tree);
     return;
   }
-  p.lanes_log2 = ceil_log2(layout::ceil_div(length, kChunk));
+  p.lanes_log2 = ceil_log2(layout::ceil_div(length, kChunks * kChunk));
   const int64_t columns = p.groups << p.lanes_log2;
   p.row_threads_log2 = std::min(ceil_log2(columns), ceil_log2(kThreads));
   const auto grid = grid_of(layout::ceil_div(columns, int64_t{1} << p.row_threads_log2),
@@ -457,7 +495,9 @@ void launch(const Parameters& p, bool ties_to_even, cudaStream_t stream) {
   if constexpr (Coder::kEncoding == Encoding::kCodebook) tree = TreeOf<Coder>::of(p.weight.codebook, ties_to_even);
   const auto by_rows = grid_of(layout::ceil_div(p.k, kThreads * kChunk), p.n);
   if (p.weight.tensor_scale != nullptr) {
-    find_absmax<kType><<<by_rows, kThreads, 0, stream>>>(p);
+    constexpr int64_t kBlocks = 2048;  // a few for each multiprocessor
+    const auto grid = grid_of(by_rows.x, std::min(p.n, layout::ceil_div(kBlocks, by_rows.x)));
+    find_absmax<kType><<<grid, kThreads, 0, stream>>>(p);
     store_tensor_scale<<<1, 1, 0, stream>>>(p);
   }
   if (!p.weight.flat_scales) return launch_groups<Coder, kType, true>(p, tree, stream);

@@ -43,7 +43,8 @@ struct SearchTree {
   }
 };
 
-// A tree in shared memory, its two upper levels in registers: a lookup costs 2^kBits / 4 banks no conflict.
+// A tree in shared memory; its two upper levels are taken from constant memory. Every node has a bank of its own, so that
+// lanes may look up different ones.
 template <int kBits>
 struct SearchTable {
   float nodes[1 << kBits];
@@ -58,12 +59,17 @@ struct SearchTable {
 
 template <int kBits>
 __device__ __forceinline__ uint32_t nearest(const SearchTree<kBits>& tree, const SearchTable<kBits>& table, float x) {
+  // Nodes as offsets in bytes: what a load needs.
+  constexpr int kNode = sizeof(float);
+  const auto* nodes = reinterpret_cast<const char*>(table.nodes);
   const bool upper = tree.nodes[1] < x;
-  int node = upper ? 3 : 2;
-  node = 2 * node + ((upper ? tree.nodes[3] : tree.nodes[2]) < x);
+  int offset = upper ? 3 * kNode : 2 * kNode;
+  offset = 2 * offset + ((upper ? tree.nodes[3] : tree.nodes[2]) < x ? kNode : 0);
 #pragma unroll
-  for (int level = 2; level < kBits; ++level) node = 2 * node + (table.nodes[node] < x);
-  const int rank = node - (1 << kBits);
+  for (int level = 2; level < kBits; ++level) {
+    offset = 2 * offset + (*reinterpret_cast<const float*>(nodes + offset) < x ? kNode : 0);
+  }
+  const int rank = offset / kNode - (1 << kBits);
   return tree.sorted ? static_cast<uint32_t>(rank) : table.codes[rank];
 }
 
