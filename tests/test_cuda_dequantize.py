@@ -10,10 +10,7 @@ import torch
 from conftest import VARIANTS, Variant, c_library, c_weight, each_dtype, each_variant, random_weight, raw
 from cuda_cases import cases, on_gpu, poison
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, torch sees none"),
-]
+pytestmark = pytest.mark.gpu
 CX_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

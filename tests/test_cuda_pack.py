@@ -9,10 +9,7 @@ import torch
 from conftest import VARIANTS, Variant, each_variant, random_weight
 from cuda_cases import cases, on_gpu, poison, same_bytes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, torch sees none"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @each_variant

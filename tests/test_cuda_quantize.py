@@ -13,10 +13,7 @@ from pyquant import QuantizedWeight, quantize
 from pyquant.formats import FORMATS, ScaleType, ZeroType
 from pyquant.scales import decode_absmax_e4m4, decode_e4m3, encode_absmax_e4m4, encode_e4m3
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, torch sees none"),
-]
+pytestmark = pytest.mark.gpu
 # The offset of nested scales is a mean, summed in another order: equal to some units in the last place of the
 # largest absmax, and with it what is computed from it.
 NESTED_SLACK = 8 * 2.0**-24

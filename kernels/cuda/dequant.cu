@@ -3,9 +3,11 @@
 //
 // A block of threads takes 64 rows x 256 k: codes to shared memory as they lie, scales to shared memory decoded. Then
 // every thread makes 16 bytes of the output at a time: 8 codes (4 for fp32) of a row, k ascending. A warp writes 512
-// consecutive bytes. For packed codes these are one pair from each of four (two) neighbouring lanes of an atom.
+// consecutive bytes. For packed codes these are one pair from each of four (two) neighbouring lanes of an atom, whose
+// words also hold the chunk eight rows further down.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include "kernels/cuda/canonical_tile.hpp"
 #include "kernels/cuda/codebook.hpp"
@@ -60,25 +62,48 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk> {
     const int count = static_cast<int>(min(int64_t{kTileBlocks}, p.blocks - first)) * kPieces;
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += kTileThreads) {
-      *reinterpret_cast<uint4*>(tile + i / kPieces * kPitch + i % kPieces * 16) = from[i];
+      // Asynchronous, so that scales are decoded while codes are on their way.
+      __pipeline_memcpy_async(tile + i / kPieces * kPitch + i % kPieces * 16, from + i, 16);
     }
+    __pipeline_commit();
   }
+
+  // What rows g and g + 8 of an atom share: the lanes' words that hold the chunk's pairs.
+  struct Words {
+    uint32_t words[kPlaneCount][kChunk / 2];
+  };
 
   // Chunks at `k` of rows g, g + 8, g + 16, ..
   __device__ TileCodes(const uint8_t* tile, int g, int k, uint32_t /*bias*/)
       : block_(tile + k / layout::kBlockK * kPitch) {
-    unroll<2>([&](auto half) {
-      unroll<kPlaneCount>([&](auto plane) {
-        const layout::Fragment f = layout::fragment_of(g + 8 * half, k % layout::kBlockK);
-        const layout::BitAddress at = layout::plane_address(f, kBits, plane, kOrder);
-        places_[half][plane] = {at.byte / 4 * 4, at.byte % 4 * 8 + at.shift};
-      });
+    static_assert(rows_share_words());
+    unroll<kPlaneCount>([&](auto plane) {
+      const layout::BitAddress first = address(g, k, plane), second = address(g + 8, k, plane);
+      byte_[plane] = first.byte / 4 * 4;
+      shifts_[0][plane] = first.byte % 4 * 8 + first.shift;
+      shifts_[1][plane] = second.byte % 4 * 8 + second.shift;
     });
   }
 
-  // Codes of row g + 8 * i. `i` is a constant after unrolling.
-  __device__ void read(int i, uint32_t (&codes)[kChunk]) const {
-    const uint8_t* atom = block_ + i / 2 * layout::atom_bytes(kBits);
+  // Of an atom; all numbers are constants after unrolling.
+  __device__ Words load(int atom) const {
+    Words words;
+    unroll<kPlaneCount>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      // Neighbouring lanes lie one piece apart.
+      constexpr int kLaneBytes = layout::plane_address({1, 0, 0}, kBits, kPlane, kOrder).byte -
+                                 layout::plane_address({0, 0, 0}, kBits, kPlane, kOrder).byte;
+      const uint8_t* from = block_ + atom * layout::atom_bytes(kBits) + byte_[kPlane];
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        words.words[kPlane][i] = *reinterpret_cast<const uint32_t*>(from + i * kLaneBytes);
+      }
+    });
+    return words;
+  }
+
+  // Codes of row g (half 0) or g + 8 (half 1).
+  __device__ void extract(const Words& words, int half, uint32_t (&codes)[kChunk]) const {
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) codes[e] = 0;
     unroll<kPlaneCount>([&](auto plane) {
@@ -86,14 +111,11 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk> {
       constexpr int kPlaneBits = layout::planes_of(kBits).bits[kPlane];
       constexpr int kLow = kPlane == 0 ? 0 : layout::planes_of(kBits).bits[0];
       constexpr uint32_t kMask = (1u << kPlaneBits) - 1;
-      // Neighbouring lanes lie one piece apart; the two codes of a pair one code or, in halves, 16 bits.
-      constexpr int kLaneBytes = layout::plane_address({1, 0, 0}, kBits, kPlane, kOrder).byte -
-                                 layout::plane_address({0, 0, 0}, kBits, kPlane, kOrder).byte;
+      // The two codes of a pair lie one code or, in halves, 16 bits apart.
       constexpr int kSecond = kOrder == CodeOrder::kHalves ? 16 : kPlaneBits;
-      const Place& place = places_[i % 2][kPlane];
 #pragma unroll
       for (int e = 0; e < kChunk; e += 2) {
-        const uint32_t word = *reinterpret_cast<const uint32_t*>(atom + place.byte + e / 2 * kLaneBytes) >> place.shift;
+        const uint32_t word = words.words[kPlane][e / 2] >> shifts_[half][kPlane];
         codes[e] |= (word & kMask) << kLow;
         codes[e + 1] |= (word >> kSecond & kMask) << kLow;
       }
@@ -101,12 +123,21 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk> {
   }
 
  private:
-  struct Place {
-    int byte;   // of the 32-bit word, in the atom
-    int shift;  // of the code in the word
-  };
+  static constexpr layout::BitAddress address(int row, int k, int plane) {
+    return layout::plane_address(layout::fragment_of(row, k % layout::kBlockK), kBits, plane, kOrder);
+  }
+  // Rows g and g + 8 are in the same words of a lane.
+  static constexpr bool rows_share_words() {
+    for (int k = 0; k < layout::kBlockK; ++k) {
+      for (int plane = 0; plane < kPlaneCount; ++plane) {
+        if (address(0, k, plane).byte / 4 != address(8, k, plane).byte / 4) return false;
+      }
+    }
+    return true;
+  }
   const uint8_t* block_;
-  Place places_[2][kPlaneCount];
+  int byte_[kPlaneCount];  // of the first lane's 32-bit word, in the atom
+  int shifts_[2][kPlaneCount];
 };
 
 template <int kBits, CodeOrder kOrder, int kChunk>
@@ -130,12 +161,23 @@ class TileCodes<kBits, kOrder, /*kPacked=*/false, kChunk> {
   __device__ TileCodes(const uint8_t* tile, int g, int k, uint32_t bias)
       : words_(tile + g * Tile::kPitch + k * kBits / 32 * 4), shift_(k * kBits % 32), flip_(bias) {}
 
-  __device__ void read(int i, uint32_t (&codes)[kChunk]) const {
-    const auto* words = reinterpret_cast<const uint32_t*>(words_ + 8 * i * Tile::kPitch);
-    const uint64_t bits = (words[0] | uint64_t{words[1]} << 32) >> shift_;
+  struct Words {
+    uint64_t bits[2];
+  };
+  __device__ Words load(int atom) const {
+    Words words;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto* from =
+          reinterpret_cast<const uint32_t*>(words_ + (atom * layout::kAtomRows + 8 * half) * Tile::kPitch);
+      words.bits[half] = (from[0] | uint64_t{from[1]} << 32) >> shift_;
+    }
+    return words;
+  }
+  __device__ void extract(const Words& words, int half, uint32_t (&codes)[kChunk]) const {
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) {
-      codes[e] = (static_cast<uint32_t>(bits >> e * kBits) & ((1u << kBits) - 1)) ^ flip_;
+      codes[e] = (static_cast<uint32_t>(words.bits[half] >> e * kBits) & ((1u << kBits) - 1)) ^ flip_;
     }
   }
 
@@ -164,9 +206,9 @@ __device__ void decode_scales(TileScales& tile, const DequantParameters& p, int6
   const int64_t n = slab * layout::kBlockRows + row;
   const int64_t first_group = ((kFlat ? n * w.k : 0) + first_k) >> p.group_shift;
   const int64_t first_number = kFlat ? first_group : n * p.groups + first_group;
-  const int64_t first_index = kPacked && !kFlat ? (slab * p.packed_groups + first_group) * layout::kBlockRows +
-                                                      layout::scale_position(row)
-                                                : first_number;
+  const int64_t first_index =
+      kPacked && !kFlat ? (slab * p.packed_groups + first_group) * layout::kBlockRows + layout::scale_position(row)
+                        : first_number;
   constexpr int kStep = kPacked && !kFlat ? layout::kBlockRows : 1;
   for (int slot = kPacked ? threadIdx.x / layout::kBlockRows : threadIdx.x % kRowThreads; slot < count;
        slot += kRowThreads) {
@@ -184,8 +226,7 @@ __device__ void decode_scales(TileScales& tile, const DequantParameters& p, int6
 // An assignment of uint4 may become four stores.
 __device__ __forceinline__ void store_16_bytes(void* to, uint4 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
+               "r"(value.w));
 }
 
 __device__ uint32_t round_pair(float low, float high, __half) {
@@ -214,17 +255,25 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_con
   constexpr int kRowThreads = kTileK / kChunk;  // of one row
   constexpr int kPassRows = kTileThreads / kRowThreads;
   constexpr bool kInteger = kOrder == CodeOrder::kHalves;
+  constexpr bool kTable = kBits <= 5;  // integers of 4 bits too: a lookup costs less than a conversion
   using Codes = TileCodes<kBits, kOrder, kPacked, kChunk>;
   static_assert(8 % kPassRows == 0);
   __shared__ alignas(16) uint8_t tile[Codes::kBytes];
   __shared__ TileScales decoded;
-  __shared__ float table[kInteger ? 1 : 1 << kBits];
+  __shared__ float table[kTable ? 1 << kBits : 1];
   const Weight& w = p.weight;
   const int64_t slab = blockIdx.x / p.tiles, tile_k = blockIdx.x % p.tiles;
   const int64_t first_k = tile_k * kTileK;
   Codes::load(tile, p, slab, tile_k);
   decode_scales<kPacked, kInteger, kFlat>(decoded, p, slab, first_k);
-  if constexpr (!kInteger) p.codebook.template copy_to<kBits>(table);
+  if constexpr (kTable) {
+    if (kInteger) {
+      if (threadIdx.x < 1 << kBits) table[threadIdx.x] = static_cast<float>(static_cast<int>(threadIdx.x) - w.bias);
+    } else {
+      p.codebook.template copy_to<kBits>(table);
+    }
+  }
+  __pipeline_wait_prior(0);
   __syncthreads();
 
   const int k = threadIdx.x % kRowThreads * kChunk;
@@ -238,13 +287,15 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_con
 #pragma unroll 1
   for (int g = threadIdx.x / kRowThreads; g < 8; g += kPassRows) {
     const Codes codes_of_rows(tile, g, k, static_cast<uint32_t>(w.bias));
+    typename Codes::Words words;
     Out* out = static_cast<Out*>(p.out) + (slab * layout::kBlockRows + g) * p.ld + first_k + k;
 #pragma unroll
     for (int i = 0; i < layout::kBlockRows / 8; ++i, out += 8 * p.ld) {
       const int row = g + 8 * i;
       if (row >= left_rows) break;
+      if (i % 2 == 0) words = codes_of_rows.load(i / 2);
       uint32_t codes[kChunk];
-      codes_of_rows.read(i, codes);
+      codes_of_rows.extract(words, i % 2, codes);
       int group_left = kChunk;  // codes of the chunk in the first one's group: all, unless groups are flat
       if constexpr (kFlat) {
         const int64_t start = (slab * layout::kBlockRows + row) * w.k + first_k;
@@ -257,8 +308,8 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_con
       float values[kChunk];
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        const float value = kInteger ? __uint_as_float(0x4B000000u | codes[e]) - magic - zero : table[codes[e]];
-        values[e] = __fmul_rn(value, kFlat && e >= group_left ? next_scale : scale);
+        const float value = kTable ? table[codes[e]] : __uint_as_float(0x4B000000u | codes[e]) - magic;
+        values[e] = __fmul_rn(kInteger ? __fsub_rn(value, zero) : value, kFlat && e >= group_left ? next_scale : scale);
       }
       const uint4 rounded = round_chunk<Out>(values);
       if (vector) {

@@ -44,8 +44,7 @@ __device__ __forceinline__ void load_chunk(const void* w, int64_t index, int cou
         if constexpr (kType == DType::kBf16) {
           values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
         } else {
-          const auto half = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
-          asm("cvt.f32.f16 %0, %1;" : "=f"(values[i]) : "h"(half));
+          values[i] = fp16_to_float(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16));
         }
       }
     }
@@ -113,7 +112,6 @@ struct Parameters {
   int group_shift;       // flat groups that cross row ends
   float* absmax;         // nested: one per group
   QuantizeStatus* status;
-
 };
 
 // 1 / scale, and 0 where that is not finite, so that a group of zeros becomes zeros.
@@ -267,8 +265,8 @@ __device__ __forceinline__ void encode_chunk(const Parameters& p, const TreeOf<C
 
 // Groups of at most 512 weights: 2^lanes_log2 lanes of two chunks each, all in registers.
 template <class Coder, DType kType, bool kCodes>
-__global__ void __launch_bounds__(kThreads) quantize_groups(const __grid_constant__ Parameters p,
-                                                            const __grid_constant__ TreeOf<Coder> tree) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_groups(const __grid_constant__ Parameters p, const __grid_constant__ TreeOf<Coder> tree) {
   __shared__ TableOf<Coder> table;
   if constexpr (kCodes && Coder::kEncoding == Encoding::kCodebook) {
     table.fill(tree);

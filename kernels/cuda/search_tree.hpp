@@ -43,8 +43,8 @@ struct SearchTree {
   }
 };
 
-// A tree in shared memory; its two upper levels are taken from constant memory. Every node has a bank of its own, so that
-// lanes may look up different ones.
+// A tree in shared memory; its two upper levels are taken from constant memory. Every node has a bank of its own, so
+// that lanes may look up different ones.
 template <int kBits>
 struct SearchTable {
   float nodes[1 << kBits];
