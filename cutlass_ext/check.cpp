@@ -159,7 +159,7 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
   out->is_codebook = format->is_codebook();
   out->bias = format->bias();
   out->codebook = w->codebook != nullptr ? w->codebook : format->codebook;
-  out->own_codebook = w->codebook != nullptr;
+  out->codebook_on_device = w->codebook != nullptr;
   out->codes = static_cast<const uint8_t*>(w->codes);
   out->scales = w->scales;
   out->zeros = w->zeros;

@@ -67,6 +67,7 @@ cx_status quantize(const char* function, const cx_quantize_args* args) {
     return fail(CX_INVALID_ARGUMENT, function, "workspace: expected a pointer aligned to %zu bytes, got %p",
                 static_cast<size_t>(kAlignment), args->workspace);
   }
+  problem.weight.codebook_on_device = false;
   problem.steps = static_cast<float>(format.levels() / 2) - format.half_step;
   problem.ties_to_even = format.ties_to_even;
   problem.dtype = static_cast<DType>(args->dtype);

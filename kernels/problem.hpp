@@ -22,9 +22,9 @@ struct Weight {
   ZeroType zero_type;
   bool flat_scales;  // scale of (n, k) = scales[(n * K + k) / group_size]
   bool is_codebook;
-  int bias;               // integers: value = packed code - bias
-  const float* codebook;  // codebooks: 2^bits values; integers: nullptr
-  bool own_codebook;      // `codebook` is the weight's own, on its device; else the format's, in host memory
+  int bias;                 // integers: value = packed code - bias
+  const float* codebook;    // codebooks: 2^bits values; integers: nullptr
+  bool codebook_on_device;  // of a CUDA problem: a user's own; the formats' tables are in host memory
   const uint8_t* codes;
   const void* scales;
   const void* zeros;

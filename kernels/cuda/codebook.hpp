@@ -7,14 +7,14 @@ namespace cutlass_ext::cuda {
 
 constexpr int kMaxLevels = 32;  // of a codebook format: five bits
 
-struct Codebook {
+struct CodebookParameter {
   float values[kMaxLevels];
   const float* own;  // the weight's own, on the GPU, or nullptr
 
-  static Codebook of(const Weight& w) {
-    Codebook codebook{};
-    codebook.own = w.own_codebook ? w.codebook : nullptr;
-    for (int i = 0; w.is_codebook && !w.own_codebook && i < 1 << w.bits; ++i) codebook.values[i] = w.codebook[i];
+  static CodebookParameter of(const Weight& w) {
+    CodebookParameter codebook{};
+    codebook.own = w.codebook_on_device ? w.codebook : nullptr;
+    for (int i = 0; w.is_codebook && !w.codebook_on_device && i < 1 << w.bits; ++i) codebook.values[i] = w.codebook[i];
     return codebook;
   }
 

@@ -28,7 +28,7 @@ constexpr int kNoShift = 62;                   // one group: no k reaches the ne
 
 struct DequantParameters {
   Weight weight;
-  Codebook codebook;
+  CodebookParameter codebook;
   void* out;
   int64_t ld;
   bool vectors;  // rows of `out` are aligned to 16 bytes
@@ -375,7 +375,7 @@ const char* dequantize(const DequantizeProblem& problem) {
   }
   DequantParameters p{};
   p.weight = w;
-  p.codebook = Codebook::of(w);
+  p.codebook = CodebookParameter::of(w);
   p.out = problem.out;
   p.ld = problem.ld;
   p.vectors = is_aligned(p.out, 16) && p.ld * size_of(problem.dtype) % 16 == 0;
