@@ -5,6 +5,7 @@
 #include "cutlass_ext/cutlass_ext.h"
 #include "cutlass_ext/dispatch.hpp"
 #include "cutlass_ext/pack.hpp"
+#include "cutlass_ext/quantize.hpp"
 #include "cutlass_ext/status.hpp"
 
 namespace cutlass_ext {
@@ -115,15 +116,19 @@ cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void
   return convert_layout(__func__, from, CX_PACKED, to, device, stream);
 }
 
-cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device, void* stream,
+cx_status cx_dequantize(const cx_weight* weight, cx_dtype dtype, void* out, int64_t ld, cx_device device, void* stream,
                         int32_t instance, int32_t threads) {
   DequantizeProblem problem;
   CX_TRY(check_device(__func__, device, &problem.device));
-  CX_TRY(check_weight(__func__, packed, CX_PACKED, &problem.weight));
+  const bool canonical = weight != nullptr && weight->layout == CX_CANONICAL;
+  if (canonical && problem.device == Device::kCpu) {
+    return fail(CX_NOT_SUPPORTED, __func__, "weight.layout: expected packed on the CPU, got canonical");
+  }
+  CX_TRY(check_weight(__func__, weight, canonical ? CX_CANONICAL : CX_PACKED, &problem.weight));
   CX_TRY(check_dtype(__func__, dtype));
   if (out == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "out: expected a pointer, got NULL");
-  if (packed->n > 1 && ld < packed->k) {
-    return fail(CX_INVALID_ARGUMENT, __func__, "ld: expected at least K=%" PRId64 ", got %" PRId64, packed->k, ld);
+  if (weight->n > 1 && ld < weight->k) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "ld: expected at least K=%" PRId64 ", got %" PRId64, weight->k, ld);
   }
   CX_TRY(resolve_threads(__func__, threads, &problem.threads));
   problem.dtype = static_cast<DType>(dtype);
@@ -138,6 +143,16 @@ cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int6
   }
   return check_launch(__func__, instance_at(instance), instance_at(instance).dequantize(problem));
 }
+
+cx_status cx_quantize_workspace(const cx_weight* weight, size_t* bytes) {
+  const Format* format = nullptr;
+  CX_TRY(check_spec(__func__, weight, &format));
+  if (bytes == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "bytes: expected a pointer, got NULL");
+  *bytes = quantize_workspace(*weight, *format);
+  return CX_OK;
+}
+
+cx_status cx_quantize(const cx_quantize_args* args) { return quantize(__func__, args); }
 
 cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes) {
   GemmProblem problem;

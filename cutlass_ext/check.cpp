@@ -147,6 +147,7 @@ cx_status check_weight(const char* function, const cx_weight* w, cx_layout expec
   CX_TRY(check_bytes(function, "zeros_bytes", w->zeros_bytes, sizes.zeros_bytes));
   CX_TRY(check_bytes(function, "nested_absmax_count", static_cast<size_t>(w->nested_absmax_count),
                      static_cast<size_t>(sizes.nested_absmax_count)));
+  out->packed = expected == CX_PACKED;
   out->n = w->n;
   out->k = w->k;
   out->group_size = w->group_size;

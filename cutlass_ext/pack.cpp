@@ -6,6 +6,9 @@
 #include "cutlass_ext/check.hpp"
 #include "cutlass_ext/status.hpp"
 #include "kernels/cpu/pack.hpp"
+#ifdef CUTLASS_EXT_CUDA
+#include "kernels/cuda/pack.hpp"
+#endif
 
 namespace cutlass_ext {
 namespace {
@@ -72,7 +75,7 @@ void convert_groups(const Weight& shape, const void* from, void* to, size_t byte
 }  // namespace
 
 cx_status convert_layout(const char* function, const cx_weight* from, cx_layout from_layout, cx_weight* to,
-                         cx_device device_in, void*) {
+                         cx_device device_in, [[maybe_unused]] void* stream) {
   Device device;
   CX_TRY(check_device(function, device_in, &device));
   Weight source;
@@ -93,7 +96,12 @@ cx_status convert_layout(const char* function, const cx_weight* from, cx_layout 
   Weight checked;
   CX_TRY(check_weight(function, &target, from_layout == CX_CANONICAL ? CX_PACKED : CX_CANONICAL, &checked));
   const bool pack = from_layout == CX_CANONICAL;
-  if (device == Device::kCuda) return fail(CX_NOT_SUPPORTED, function, "device: CUDA packing is not in this version");
+#ifdef CUTLASS_EXT_CUDA
+  if (device == Device::kCuda) {
+    const char* error = cuda::convert_layout(source, pack, to->codes, to->scales, to->zeros, stream);
+    return error == nullptr ? CX_OK : fail(CX_INTERNAL, function, "CUDA reports: %s", error);
+  }
+#endif
   convert_codes(source, static_cast<uint8_t*>(to->codes), pack);
   convert_groups(source, from->scales, to->scales, to->scales_bytes, size_of(source.scale_type), pack);
   if (source.zeros != nullptr) {

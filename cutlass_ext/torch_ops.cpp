@@ -60,6 +60,7 @@ struct Place {
   void* stream = nullptr;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
 
+  Place() = default;  // the CPU
   explicit Place(const Tensor& t) {
     if (t.is_cpu()) return;
     device = CX_CUDA;
@@ -138,15 +139,21 @@ constexpr int64_t kNestedMapSize = 256;
 // Added to the spec of a gemm that may use programmatic dependent launch; far above any group size.
 constexpr int64_t kProgrammaticLaunch = int64_t{1} << 62;
 
-cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a, const Place& place) {
+// What a weight is, without its buffers.
+cx_weight describe(cx_layout layout, int64_t spec, int64_t n, int64_t k) {
   cx_weight w{};
-  w.format = static_cast<int32_t>(a.spec & 0xFF);
+  w.format = static_cast<int32_t>(spec & 0xFF);
   w.layout = layout;
-  w.scale_type = static_cast<cx_scale_type>(a.spec >> 8 & 0xF);
-  w.zero_type = static_cast<cx_zero_type>(a.spec >> 12 & 0xF);
-  w.group_size = a.spec >> 16;
-  w.n = a.n;
-  w.k = a.k;
+  w.scale_type = static_cast<cx_scale_type>(spec >> 8 & 0xF);
+  w.zero_type = static_cast<cx_zero_type>(spec >> 12 & 0xF);
+  w.group_size = spec >> 16;
+  w.n = n;
+  w.k = k;
+  return w;
+}
+
+cx_weight to_weight(const char* function, cx_layout layout, const WeightArguments& a, const Place& place) {
+  cx_weight w = describe(layout, a.spec, a.n, a.k);
   cx_weight_sizes sizes;  // also checks format, types, shape and group size
   check(function, cx_weight_bytes(&w, &sizes));
   const ScalarType scale = scale_scalar_type(w.scale_type);
@@ -350,17 +357,25 @@ Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor
   return run_gemm(x, CX_WEIGHT_ARGUMENTS, bias, static_cast<int32_t>(instance));
 }
 
-Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
-  const Place place(codes);
-  const cx_weight weight = to_weight("dequantize", CX_PACKED, CX_WEIGHT_ARGUMENTS, place);
+Tensor run_dequantize(cx_layout layout, const WeightArguments& a, int64_t dtype) {
+  const Place place(a.codes);
+  const cx_weight weight = to_weight("dequantize", layout, a, place);
   if (dtype < CX_FP32 || dtype > CX_BF16) fail("dequantize: dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
   Shape shape;
-  shape.push(n);
-  shape.push(k);
+  shape.push(a.n);
+  shape.push(a.k);
   Tensor out = empty(shape, scalar_type(static_cast<cx_dtype>(dtype)), place);
-  check("dequantize", cx_dequantize(&weight, static_cast<cx_dtype>(dtype), out.mutable_data_ptr(), k, place.device,
+  check("dequantize", cx_dequantize(&weight, static_cast<cx_dtype>(dtype), out.mutable_data_ptr(), a.k, place.device,
                                     place.stream, -1, static_cast<int32_t>(torch::stable::get_num_threads())));
   return out;
+}
+
+Tensor dequantize(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
+  return run_dequantize(CX_PACKED, CX_WEIGHT_ARGUMENTS, dtype);
+}
+
+Tensor dequantize_canonical(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETERS, int64_t dtype) {
+  return run_dequantize(CX_CANONICAL, CX_WEIGHT_ARGUMENTS, dtype);
 }
 
 // pack and unpack: codes, scales and zeros (empty without zeros) in the other layout.
@@ -395,6 +410,78 @@ std::tuple<Tensor, Tensor, Tensor> unpack(CX_TENSOR_PARAMETERS, CX_SPEC_PARAMETE
   return convert("unpack", CX_PACKED, CX_WEIGHT_ARGUMENTS);
 }
 
+// A weight on the GPU -> codes, scales, zeros, nested_absmax, nested_offset or tensor_scale, and the status to be
+// looked at (cx_quantize_status); empty tensors for what the format has not. `codebook` is a CPU tensor. `spec` as in
+// WeightArguments.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w_in, std::optional<Tensor> codebook,
+                                                                    std::optional<Tensor> nested_map, int64_t spec) {
+  constexpr const char* kFunction = "quantize";
+  const Place place(w_in);
+  if (w_in.dim() != 2) fail("quantize: w: expected 2 dimensions, got " + std::to_string(w_in.dim()));
+  cx_weight weight = describe(CX_CANONICAL, spec, w_in.size(0), w_in.size(1));
+  cx_weight_sizes sizes;
+  check(kFunction, cx_weight_bytes(&weight, &sizes));
+  cx_format_info info;
+  check(kFunction, cx_get_format(weight.format, &info));
+  const ScalarType scale = scale_scalar_type(weight.scale_type);
+  const ScalarType zero = weight.zero_type == CX_ZERO_FLOAT ? scale : ScalarType::Byte;
+  const auto bytes_of = [](ScalarType type) {
+    return type == ScalarType::Byte ? 1 : type == ScalarType::Float ? 4 : 2;
+  };
+  const auto buffer = [&](size_t bytes, ScalarType type) {
+    return empty(static_cast<int64_t>(bytes) / bytes_of(type), type, place);
+  };
+  const bool nested = weight.scale_type == CX_SCALE_NESTED;
+  Tensor codes = buffer(sizes.codes_bytes, ScalarType::Byte);
+  Tensor scales = buffer(sizes.scales_bytes, scale);
+  Tensor zeros = buffer(sizes.zeros_bytes, zero);
+  Tensor absmax = empty(sizes.nested_absmax_count, ScalarType::Float, place);
+  Tensor scalar = empty(nested || info.tensor_scale ? 1 : 0, ScalarType::Float, place);
+  Tensor status = empty(int64_t{sizeof(cx_quantize_status)} / 4, ScalarType::Int, place);
+  weight.codes = codes.mutable_data_ptr();
+  weight.scales = scales.mutable_data_ptr();
+  weight.zeros = weight.zero_type == CX_ZERO_NONE ? nullptr : zeros.mutable_data_ptr();
+  weight.codes_bytes = sizes.codes_bytes;
+  weight.scales_bytes = sizes.scales_bytes;
+  weight.zeros_bytes = sizes.zeros_bytes;
+  if (nested) {
+    if (!nested_map.has_value()) fail("quantize: nested_map: expected a tensor, got none");
+    check_tensor(kFunction, "nested_map", *nested_map, ScalarType::Float, place);
+    check_numel(kFunction, "nested_map", *nested_map, kNestedMapSize);
+    weight.nested_map = static_cast<const float*>(nested_map->const_data_ptr());
+    weight.nested_absmax = static_cast<const float*>(absmax.const_data_ptr());
+    weight.nested_absmax_count = sizes.nested_absmax_count;
+    weight.nested_offset = static_cast<const float*>(scalar.const_data_ptr());
+  } else if (info.tensor_scale) {
+    weight.tensor_scale = static_cast<const float*>(scalar.const_data_ptr());
+  }
+  if (codebook.has_value()) {
+    check_tensor(kFunction, "codebook", *codebook, ScalarType::Float, Place());
+    check_numel(kFunction, "codebook", *codebook, int64_t{1} << info.bits);
+    weight.codebook = static_cast<const float*>(codebook->const_data_ptr());
+  }
+  // Rows may lie at any distance; blocks that cross row ends need them one behind the other.
+  const bool flat = info.flat_blocks && weight.k % weight.group_size != 0;
+  const bool rows = (w_in.stride(1) == 1 || weight.k == 1) && !flat;
+  const Tensor w = rows || w_in.is_contiguous() ? w_in : torch::stable::contiguous(w_in);
+  cx_quantize_args args{};
+  args.w = w.const_data_ptr();
+  args.dtype = dtype_of(w, kFunction, "w");
+  args.ldw = rows ? w.stride(0) : weight.k;
+  args.weight = &weight;
+  args.status = static_cast<cx_quantize_status*>(status.mutable_data_ptr());
+  args.device = place.device;
+  args.stream = place.stream;
+  check(kFunction, cx_quantize_workspace(&weight, &args.workspace_bytes));
+  std::optional<Tensor> workspace;
+  if (args.workspace_bytes > 0) {
+    workspace = empty(static_cast<int64_t>(args.workspace_bytes), ScalarType::Byte, place);
+    args.workspace = workspace->mutable_data_ptr();
+  }
+  check(kFunction, cx_quantize(&args));
+  return {codes, scales, zeros, absmax, scalar, status};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pyquant, m) {
@@ -403,16 +490,22 @@ STABLE_TORCH_LIBRARY(pyquant, m) {
   m.def("gemm_instance(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ", int instance) -> Tensor");
   m.def("select_instance(Tensor x, " CX_TENSOR_SCHEMA "Tensor? bias, " CX_SPEC_SCHEMA ") -> int");
   m.def("dequantize(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ", int dtype) -> Tensor");
+  m.def("dequantize_canonical(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ", int dtype) -> Tensor");
+  m.def(
+      "quantize(Tensor w, Tensor? codebook, Tensor? nested_map, int spec) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
   m.def("unpack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
 }
 
-#define CX_IMPLEMENTATIONS(m)                             \
-  m.impl("gemm", TORCH_BOX(&gemm));                       \
-  m.impl("gemm_instance", TORCH_BOX(&gemm_instance));     \
-  m.impl("select_instance", TORCH_BOX(&select_instance)); \
-  m.impl("dequantize", TORCH_BOX(&dequantize));           \
-  m.impl("pack", TORCH_BOX(&pack));                       \
+#define CX_IMPLEMENTATIONS(m)                                       \
+  m.impl("gemm", TORCH_BOX(&gemm));                                 \
+  m.impl("gemm_instance", TORCH_BOX(&gemm_instance));               \
+  m.impl("select_instance", TORCH_BOX(&select_instance));           \
+  m.impl("dequantize", TORCH_BOX(&dequantize));                     \
+  m.impl("dequantize_canonical", TORCH_BOX(&dequantize_canonical)); \
+  m.impl("quantize", TORCH_BOX(&quantize));                         \
+  m.impl("pack", TORCH_BOX(&pack));                                 \
   m.impl("unpack", TORCH_BOX(&unpack))
 
 STABLE_TORCH_LIBRARY_IMPL(pyquant, CPU, m) { CX_IMPLEMENTATIONS(m); }

@@ -35,6 +35,8 @@ struct Format {
   uint32_t zero_types;     // bit i: ZeroType i is allowed
   const int* group_sizes;  // allowed group sizes, 0-terminated; empty: a power of two >= 16, or K
   const float* codebook;   // 2^bits values, or nullptr: integers, or every weight brings its own
+  float half_step;         // signed integers: absmax is levels / 2 - half_step steps
+  bool ties_to_even;       // a value halfway between two codebook entries takes the even code, else the lower entry
 
   constexpr int levels() const { return 1 << bits; }
   constexpr bool is_codebook() const { return encoding == Encoding::kCodebook; }

@@ -62,7 +62,7 @@ def format_table() -> str:
         rows.append(
             f'    {{{f.id}, "{f.name}", {f.bits}, Encoding::{ENCODINGS[f.encoding]}, {_bool(f.flat_blocks)}, '
             f"{_bool(f.tensor_scale)}, 0x{_bits(f.scale_types):x}, 0x{_bits(f.zero_types):x}, "
-            f"kGroupSizes_{f.name}, {codebook}}},"
+            f"kGroupSizes_{f.name}, {codebook}, {float(f.half_step).hex()}f, {_bool(f.ties_to_even)}}},"
         )
     lines += ["", "inline constexpr Format kFormats[] = {", *rows, "};"]
     lines.append("inline constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);\n")

@@ -1,4 +1,5 @@
-"""Which kernel instances exist. A name is `<device>_<family>_<variant>`: C++ symbol, manifest key and test id.
+"""Which kernel instances exist. A name is `<device>_<family>_<variant>`, without the last part where a family has one
+kernel only: C++ symbol, manifest key and test id.
 
 On the CPU the variant is an instruction set, and the generator writes one source per instance. CUDA instances are
 defined in kernels/cuda/; a build without CUDA leaves them out.
@@ -19,7 +20,7 @@ class Instance:
 
     @property
     def name(self) -> str:
-        return f"{self.device}_{self.family}_{self.variant}"
+        return "_".join(part for part in (self.device, self.family, self.variant) if part)
 
 
 # Compiler flags of each CPU instruction set.
@@ -32,5 +33,5 @@ CPU_ISA_FLAGS = {
 
 # Best first: the dispatch takes the first available one of the family it wants.
 CPU_INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))
-CUDA_INSTANCES: tuple[Instance, ...] = ()
+CUDA_INSTANCES: tuple[Instance, ...] = (Instance("cuda", "dequant", ""),)
 INSTANCES = (*CPU_INSTANCES, *CUDA_INSTANCES)

@@ -10,8 +10,9 @@ namespace cutlass_ext {
 
 enum class Device { kCpu, kCuda };
 
-// A packed weight. Scales and zeros lie as kernels/layout.hpp says.
+// A weight. Packed codes, scales and zeros lie as kernels/layout.hpp says; GEMMs get packed weights only.
 struct Weight {
+  bool packed;  // else canonical
   int64_t n;
   int64_t k;
   int64_t group_size;
@@ -21,8 +22,8 @@ struct Weight {
   ZeroType zero_type;
   bool flat_scales;  // scale of (n, k) = scales[(n * K + k) / group_size]
   bool is_codebook;
-  int bias;               // integers: value = packed code - bias
-  const float* codebook;  // codebooks: 2^bits values; integers: nullptr
+  int bias;                 // integers: value = packed code - bias
+  const float* codebook;    // codebooks: 2^bits values; integers: nullptr
   bool codebook_on_device;  // of a CUDA problem: a user's own; the formats' tables are in host memory
   const uint8_t* codes;
   const void* scales;

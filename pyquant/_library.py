@@ -102,6 +102,12 @@ def instances() -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
+@functools.cache
+def has_cuda() -> bool:
+    """Whether this build has kernels for GPUs."""
+    return any(row["device"] == "cuda" for row in instances())
+
+
 def _check(status: int) -> None:
     if status != 0:
         raise RuntimeError(_library().cx_last_error().decode())

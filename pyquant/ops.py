@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ._library import instances, load_torch_ops
-from .formats import NESTED_MAP_SIZE, ScaleType
+from ._library import has_cuda, instances, load_torch_ops
+from .formats import NESTED_MAP_SIZE, ScaleType, ZeroType
 from .weight import PackedWeight, QuantizedWeight
 
 load_torch_ops()
@@ -91,15 +91,18 @@ def explain(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = N
     return Explanation(row["name"], not row["is_gemm"])
 
 
+def scale_data_of(weight: QuantizedWeight) -> torch.Tensor | None:
+    """What stands beside the scales, in one tensor: ``PackedWeight.scale_data``."""
+    if weight.scale_type is ScaleType.NESTED:
+        offset, map_, absmax = weight.nested_parts()
+        return torch.cat([offset.view(1), map_, absmax])
+    return None if weight.tensor_scale is None else weight.tensor_scale.view(-1)
+
+
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """Canonical -> packed, lossless, on the weight's device."""
     w = weight
-    scale_data = w.tensor_scale
-    if w.scale_type is ScaleType.NESTED:
-        offset, map_, absmax = w.nested_parts()
-        scale_data = torch.cat([offset.view(1), map_, absmax])
-    if scale_data is not None:
-        scale_data = scale_data.view(-1)
+    scale_data = scale_data_of(w)
     codes, scales, zeros = _convert(torch.ops.pyquant.pack, w, scale_data)
     codebook = None if w.codebook is None else w.codebook.contiguous()
     return PackedWeight(
@@ -142,6 +145,19 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torc
     return torch.ops.pyquant.dequantize(*tensors, *integers, _DTYPES[dtype])
 
 
+def dequantize_canonical(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The same for a canonical weight on a GPU."""
+    w = weight
+    tensors = (w.codes, w.scales, w.zeros, w.codebook, scale_data_of(w))
+    contiguous = [None if t is None else t.contiguous() for t in tensors]
+    return torch.ops.pyquant.dequantize_canonical(*contiguous, encode_spec(w), w.n, w.k, _DTYPES[dtype])
+
+
+def dequantizes_canonical(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`dequantize_canonical` is there for a weight on ``device``."""
+    return device.type == "cuda" and dtype in _DTYPES and has_cuda()
+
+
 def op_arguments(weight: PackedWeight) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, int, int]]:
     """The tensors and the integers (spec, N, K) of a packed weight, in the order of the operators' schemas."""
     w = weight
@@ -151,7 +167,12 @@ def op_arguments(weight: PackedWeight) -> tuple[tuple[torch.Tensor | None, ...],
 def encode_spec(weight: PackedWeight | QuantizedWeight) -> int:
     """Format, scale type, zero type and group size in one integer: an argument of a call costs about 0.5 us."""
     w = weight
-    return w.format.id | int(w.scale_type) << 8 | int(w.zero_type) << 12 | w.group_size << 16
+    return make_spec(w.format.id, w.scale_type, w.zero_type, w.group_size)
+
+
+def make_spec(format_id: int, scale_type: ScaleType, zero_type: ZeroType, group_size: int) -> int:
+    """The integer of :func:`encode_spec`."""
+    return format_id | int(scale_type) << 8 | int(zero_type) << 12 | group_size << 16
 
 
 def _convert(
@@ -176,6 +197,7 @@ def _gemm_fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 @torch.library.register_fake("pyquant::dequantize")
+@torch.library.register_fake("pyquant::dequantize_canonical")
 def _dequantize_fake(*arguments: Any) -> torch.Tensor:
     n, k, dtype = arguments[6], arguments[7], arguments[8]
     return torch.empty(n, k, dtype=_DTYPE_OF_ID[dtype], device=arguments[0].device)

@@ -8,12 +8,15 @@ from typing import Literal
 
 import torch
 
+from ._library import has_cuda
 from .codes import pack_codes
 from .formats import FLOAT_SCALES, Encoding, Format, ScaleType, ZeroType, get_format
 from .hqq import refine_zeros
+from .ops import make_spec
 from .scales import (
     E4M3_MAX,
     FLOAT_DTYPES,
+    LARGE_SUM,
     decode_absmax_e4m4,
     decode_e4m3,
     decode_e8m0,
@@ -21,6 +24,7 @@ from .scales import (
     encode_e4m3,
     encode_e8m0,
     nest_absmax,
+    nested_map,
     storage_dtype,
 )
 from .weight import QuantizedWeight
@@ -30,6 +34,8 @@ Method = Literal["rtn", "hqq"]
 # Weights quantized at a time: bounds the temporaries (about 20 bytes a weight) to some hundred MB, and keeps indices
 # far below 2^31 for weights of any size.
 _CHUNK = 1 << 24
+
+_NON_FINITE = "quantize: w: expected finite values, got NaN or Inf"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ def quantize(
     scale_type = _scale_type(fmt, w, nested, scale_type)
     zero_type = _zero_type(fmt, zero_type, method)
     group_size = _group_size(fmt, group_size, k)
+    if w.is_cuda and method == "rtn" and has_cuda():
+        return _quantize_on_gpu(w, fmt, group_size, scale_type, zero_type, codebook)
     table = _codebook(fmt, codebook, w.device)
     tensor_scale = _tensor_scale(fmt, w, table)
 
@@ -99,7 +107,7 @@ def quantize(
     for piece in _pieces(fmt.flat_blocks, w, group_size, codes, scales, zeros):
         chunk = piece.w.float().reshape(piece.scales.numel(), -1)
         if not bool(torch.isfinite(chunk).all()):
-            raise ValueError("quantize: w: expected finite values, got NaN or Inf")
+            raise ValueError(_NON_FINITE)
         quantized = _quantize_groups(chunk, fmt, table, scale_type, zero_type, tensor_scale, method)
         piece.codes.copy_(quantized.codes.view(piece.codes.shape))
         piece.scales.copy_(quantized.scales.view(piece.scales.shape))
@@ -122,6 +130,42 @@ def quantize(
     if not (fmt.flat_blocks and k % group_size):
         scales = scales.view(n, groups)
     return QuantizedWeight(fmt, n, k, group_size, scale_type, zero_type, packed, scales, **parts)
+
+
+def _quantize_on_gpu(
+    w: torch.Tensor,
+    fmt: Format,
+    group_size: int,
+    scale_type: ScaleType,
+    zero_type: ZeroType,
+    codebook: torch.Tensor | None,
+) -> QuantizedWeight:
+    """The same by ``torch.ops.pyquant.quantize``; the arguments are checked and complete."""
+    own = codebook is not None or fmt.needs_codebook
+    table = _codebook(fmt, codebook, torch.device("cpu")) if own else None
+    map_ = nested_map(w.device).clone() if scale_type is ScaleType.NESTED else None
+    spec = make_spec(fmt.id, scale_type, zero_type, group_size)
+    codes, scales, zeros, absmax, scalar, status = torch.ops.pyquant.quantize(w, table, map_, spec)
+    non_finite, large_scale, large_sum, _ = status.tolist()  # waits for the GPU
+    if non_finite:
+        raise ValueError(_NON_FINITE)
+    if large_scale:
+        largest = torch.tensor(large_scale, dtype=torch.int32).view(torch.float32).item()
+        raise ValueError(_large_scale(scale_type, largest))
+    if large_sum:
+        raise ValueError(LARGE_SUM)
+    n, k = w.shape
+    shape = (-1,) if fmt.flat_blocks and k % group_size else (n, -1)
+    parts: dict[str, torch.Tensor] = {}
+    if map_ is not None:
+        parts = {"nested_map": map_, "nested_absmax": absmax, "nested_offset": scalar.view(())}
+    elif fmt.tensor_scale:
+        parts["tensor_scale"] = scalar.view(())
+    if table is not None:
+        parts["codebook"] = table.to(w.device)
+    if zero_type is not ZeroType.NONE:
+        parts["zeros"] = zeros.view(shape)
+    return QuantizedWeight(fmt, n, k, group_size, scale_type, zero_type, codes.view(n, -1), scales.view(shape), **parts)
 
 
 def _check_weight(w: torch.Tensor) -> None:
@@ -315,10 +359,12 @@ def _store_float(scales: torch.Tensor, scale_type: ScaleType) -> tuple[torch.Ten
     """Scales in their stored dtype, and those in fp32."""
     stored = scales.to(FLOAT_DTYPES[scale_type])
     if not bool(torch.isfinite(stored).all()):
-        raise ValueError(
-            f"quantize: scale_type: {scale_type.name.lower()} cannot hold a scale of {scales.max().item():.3g}"
-        )
+        raise ValueError(_large_scale(scale_type, scales.max().item()))
     return stored, stored.float()
+
+
+def _large_scale(scale_type: ScaleType, scale: float) -> str:
+    return f"quantize: scale_type: {scale_type.name.lower()} cannot hold a scale of {scale:.3g}"
 
 
 def _reciprocal(scales: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ FLOAT_DTYPES = {
 }
 E4M4_MAX = 31.0
 E4M3_MAX = 448.0
+LARGE_SUM = "quantize: nested: expected absmax values whose sum is finite in fp32, got larger ones"
 
 
 def storage_dtype(scale_type: ScaleType) -> torch.dtype:
@@ -86,6 +87,12 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
+@functools.cache
+def nested_map(device: torch.device) -> torch.Tensor:
+    """:func:`dynamic_map` as fp32 on ``device``; one tensor for all callers, so to be copied before it is stored."""
+    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+
+
 @dataclass(frozen=True)
 class NestedScales:
     """Absmax in 8 bits: ``map[codes] * absmax[block // 256] + offset``."""
@@ -101,11 +108,11 @@ def nest_absmax(absmax: torch.Tensor) -> NestedScales:
     absmax = absmax.view(-1)
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
-        raise ValueError("quantize: nested: expected absmax values whose sum is finite in fp32, got larger ones")
+        raise ValueError(LARGE_SUM)
     blocks = absmax.numel()
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     second = centred.abs().amax(dim=1)
-    values = torch.tensor(dynamic_map(), dtype=torch.float32, device=absmax.device)
+    values = nested_map(absmax.device).clone()
     boundaries = (values[1:] + values[:-1]) / 2
     normalised = centred / torch.where(second > 0, second, torch.ones_like(second))[:, None]
     codes = torch.bucketize(normalised, boundaries).to(torch.uint8)

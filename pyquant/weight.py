@@ -109,6 +109,10 @@ class QuantizedWeight(_Weight):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in ``dtype``: ``decode(code) * scale`` in fp32, then one rounding."""
+        from . import ops
+
+        if ops.dequantizes_canonical(self.device, dtype):
+            return ops.dequantize_canonical(self, dtype)
         values = self.values() if self.format.encoding is Encoding.CODEBOOK else None
         scales = self.decode_scales()
         out = torch.empty(self.n, self.k, dtype=dtype, device=self.device)

@@ -169,9 +169,35 @@ CX_API cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes
 CX_API cx_status cx_pack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
 CX_API cx_status cx_unpack(const cx_weight* from, cx_weight* to, cx_device device, void* stream);
 
-/* out[N, K] = the weight, each value rounded once to dtype. `instance` and `threads` as in cx_gemm_args. */
-CX_API cx_status cx_dequantize(const cx_weight* packed, cx_dtype dtype, void* out, int64_t ld, cx_device device,
+/* out[N, K] = the weight, each value rounded once to dtype. The weight is packed; CX_CUDA takes a canonical one too.
+ * `instance` and `threads` as in cx_gemm_args. */
+CX_API cx_status cx_dequantize(const cx_weight* weight, cx_dtype dtype, void* out, int64_t ld, cx_device device,
                                void* stream, int32_t instance, int32_t threads);
+
+/* What went wrong in cx_quantize, on the GPU: the caller reads it when the stream has got there. All 0: nothing. */
+typedef struct cx_quantize_status {
+  uint32_t non_finite;  /* w has NaN or Inf */
+  uint32_t large_scale; /* the largest scale that its type cannot hold, as the bits of an fp32 */
+  uint32_t large_sum;   /* the absmax values to be nested have a sum that fp32 cannot hold */
+  uint32_t reserved;
+} cx_quantize_status;
+
+typedef struct cx_quantize_args {
+  const void* w; /* [N, K] */
+  cx_dtype dtype;
+  int64_t ldw;             /* any; K for flat blocks that cross row ends */
+  const cx_weight* weight; /* canonical. Codes, scales, zeros, nested_absmax, nested_offset and tensor_scale are
+                              written; nested_map is read, and codebook too, which here is in HOST memory */
+  cx_quantize_status* status;
+  void* workspace; /* at least cx_quantize_workspace bytes, 64-byte aligned */
+  size_t workspace_bytes;
+  cx_device device; /* CX_CUDA */
+  void* stream;
+} cx_quantize_args;
+
+/* Round-to-nearest quantization, equal to pyquant.quantize. Groups and codebooks as the weight says. */
+CX_API cx_status cx_quantize_workspace(const cx_weight* weight, size_t* bytes);
+CX_API cx_status cx_quantize(const cx_quantize_args* args);
 
 CX_API cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes);
 CX_API cx_status cx_gemm(const cx_gemm_args* args);

@@ -1,0 +1,29 @@
+// A codebook as a kernel gets it: by value if it is the format's own, which lies in host memory, else by pointer.
+#pragma once
+
+#include "kernels/problem.hpp"
+
+namespace cutlass_ext::cuda {
+
+constexpr int kMaxLevels = 32;  // of a codebook format: five bits
+
+struct CodebookParameter {
+  float values[kMaxLevels];
+  const float* own;  // the weight's own, on the GPU, or nullptr
+
+  static CodebookParameter of(const Weight& w) {
+    CodebookParameter codebook{};
+    codebook.own = w.codebook_on_device ? w.codebook : nullptr;
+    for (int i = 0; w.is_codebook && !w.codebook_on_device && i < 1 << w.bits; ++i) codebook.values[i] = w.codebook[i];
+    return codebook;
+  }
+
+  // Threads 0 .. 31 of a block fill its table in shared memory; no barrier.
+  template <int kBits>
+  __device__ void copy_to(float* table) const {
+    const int i = threadIdx.x;
+    if (i < 1 << kBits) table[i] = own != nullptr ? own[i] : values[i];
+  }
+};
+
+}  // namespace cutlass_ext::cuda
