@@ -37,6 +37,11 @@ CX_HOST_DEVICE static inline uint16_t float_to_bf16(float value) {
 }
 
 CX_HOST_DEVICE static inline float fp16_to_float(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(h));
+  return value;
+#else
   const uint32_t sign = uint32_t{h & 0x8000u} << 16;
   const uint32_t exponent = h >> 10 & 0x1Fu;
   uint32_t mantissa = h & 0x3FFu;
@@ -46,9 +51,15 @@ CX_HOST_DEVICE static inline float fp16_to_float(uint16_t h) {
   uint32_t e = 113u;  // integers only: a subnormal of fp16 is a normal number of fp32, whatever the rounding mode
   for (; !(mantissa & 0x400u); mantissa <<= 1) --e;
   return bits_to_float(sign | e << 23 | (mantissa & 0x3FFu) << 13);
+#endif
 }
 
 CX_HOST_DEVICE static inline uint16_t float_to_fp16(float value) {
+#ifdef __CUDA_ARCH__
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value));
+  return h;
+#else
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -65,6 +76,7 @@ CX_HOST_DEVICE static inline uint16_t float_to_fp16(float value) {
   const uint32_t rest = mantissa & ((1u << shift) - 1u);
   const uint32_t half = 1u << (shift - 1u);
   return static_cast<uint16_t>(sign | (kept + (rest > half || (rest == half && (kept & 1u)) ? 1u : 0u)));
+#endif
 }
 
 // 4 exponent and 4 mantissa bits, no sign, exponent bias 11.

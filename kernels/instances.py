@@ -32,5 +32,5 @@ CPU_ISA_FLAGS = {
 
 # Best first: the dispatch takes the first available one of the family it wants.
 CPU_INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))
-CUDA_INSTANCES: tuple[Instance, ...] = ()
+CUDA_INSTANCES = tuple(Instance("cuda", "simt", dtype) for dtype in ("fp32", "fp16", "bf16"))
 INSTANCES = (*CPU_INSTANCES, *CUDA_INSTANCES)

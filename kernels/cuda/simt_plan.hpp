@@ -1,0 +1,66 @@
+// How the simt family shares out a problem. Plain C++.
+//
+// A warp works on units: 32 rows (two atoms) x one 64-k block. A block of threads has 8 warps: `row_warps` of them on
+// rows beside each other, the rest on other k blocks; a cluster of blocks shares the k blocks once more.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/layout.hpp"
+
+namespace cutlass_ext::cuda {
+
+constexpr int kSimtWarps = 8;
+constexpr int kSimtUnitAtoms = 2;
+constexpr int kSimtUnitRows = kSimtUnitAtoms * layout::kAtomRows;
+constexpr int kSimtMaxCluster = 8;  // the portable limit
+
+struct SimtPlan {
+  int row_warps;     // 1, 2, 4 or 8
+  int cluster;       // 1, 2, 4 or 8
+  int chunk_blocks;  // k blocks of x in shared memory at a time, a multiple of kSimtWarps
+  int64_t row_tiles;
+  int64_t token_tiles;
+
+  constexpr int k_warps() const { return kSimtWarps / row_warps; }
+  constexpr int tile_rows() const { return row_warps * kSimtUnitRows; }
+  int64_t thread_blocks() const { return row_tiles * token_tiles * cluster; }
+};
+
+// What a plan takes, in cycles: an SM's thread blocks run two at a time. A unit's loads from shared memory bound 16
+// warps, the latency of a unit fewer.
+static inline double simt_cycles(const SimtPlan& plan, int64_t blocks, int tile_tokens, int sms) {
+  const int64_t cta_blocks = layout::ceil_div(blocks, plan.cluster);
+  const double warp_units = static_cast<double>(layout::ceil_div(cta_blocks, plan.k_warps()));
+  const double unit_loads = 86 + 16 * tile_tokens, unit_latency = 600 + 100 * tile_tokens;
+  const double x_cycles = static_cast<double>(cta_blocks * layout::kBlockK * tile_tokens * 4) / 24;
+  const double start = 4000 + x_cycles + (plan.cluster > 1 ? 1000 : 0);
+  const int64_t per_sm = layout::ceil_div(plan.thread_blocks(), sms);
+  const double pairs = static_cast<double>(per_sm / 2), single = static_cast<double>(per_sm % 2);
+  return pairs * (start + warp_units * std::max(unit_latency, 2 * kSimtWarps * unit_loads)) +
+         single * (start + warp_units * std::max(unit_latency, kSimtWarps * unit_loads));
+}
+
+// The fastest of the 16 plans. `x_bytes`: of shared memory for x.
+static inline SimtPlan plan_simt(int64_t m, int64_t n, int64_t k, int tile_tokens, int x_bytes, int sms,
+                                 bool clusters) {
+  const int64_t blocks = layout::blocks_along_k(k);
+  const int64_t strips = layout::ceil_div(n, kSimtUnitRows);
+  SimtPlan best{};
+  double fewest = 0;
+  for (int cluster = 1; cluster <= (clusters ? kSimtMaxCluster : 1); cluster *= 2) {
+    for (int row_warps = 1; row_warps <= kSimtWarps; row_warps *= 2) {
+      SimtPlan plan{row_warps, cluster, 0, layout::ceil_div(strips, row_warps), layout::ceil_div(m, tile_tokens)};
+      const double cycles = simt_cycles(plan, blocks, tile_tokens, sms);
+      if (best.cluster == 0 || cycles < fewest) best = plan, fewest = cycles;
+    }
+  }
+  const int64_t most =
+      x_bytes / (layout::kBlockK * tile_tokens * static_cast<int>(sizeof(float))) / kSimtWarps * kSimtWarps;
+  const int64_t wanted = layout::ceil_div(layout::ceil_div(blocks, best.cluster), kSimtWarps) * kSimtWarps;
+  best.chunk_blocks = static_cast<int>(std::max<int64_t>(kSimtWarps, std::min(most, wanted)));
+  return best;
+}
+
+}  // namespace cutlass_ext::cuda
