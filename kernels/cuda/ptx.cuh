@@ -41,8 +41,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// All threads of the cluster. Shared memory written before `cluster_sync` is seen after it; `cluster_wait_for_all` orders
-// no memory.
+// All threads of the cluster. Shared memory written before `cluster_sync` is seen after it; `cluster_wait_for_all`
+// orders no memory.
 __device__ __forceinline__ void cluster_wait_for_all() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
