@@ -25,7 +25,6 @@ from conftest import (
     c_library,
     c_weight,
     each_dtype,
-    each_variant,
     exact_weight,
     gemm,
     make_weight,
@@ -50,6 +49,7 @@ TOKENS = (1, 2, 7, 8, 9, 16, 17, 32, 33)
 # N and K: one, odd, beside 64, with tails of a step, of a block and of a slab.
 EXTENTS = ((1, 1), (1, 200), (3, 65), (33, 64), (64, 130), (65, 63), (130, 384), (257, 100), (100, 1000))
 CASES = list(itertools.product(VARIANTS, DTYPES))
+each_case_variant = pytest.mark.parametrize("variant", VARIANTS[::EVERY], ids=str)
 NOT_COVERED = "does not cover"
 POISON = 0xA5
 
@@ -148,7 +148,7 @@ def test_every_instance_is_available() -> None:
     assert covered - {"dispatch"} == GEMMS.keys()
 
 
-@each_variant
+@each_case_variant
 @each_dtype
 def test_identity_gives_back_the_weight(variant: Variant, dtype: torch.dtype) -> None:
     """x = I: fp32 exactly the dequantized weight; fp16 and bf16 within one rounding.
@@ -187,7 +187,7 @@ def test_budget(case: int) -> None:
     assert sizes >= len(EXTENTS) * len(TOKENS) // (EVERY + 1)
 
 
-@each_variant
+@each_case_variant
 def test_every_group_size(variant: Variant) -> None:
     for k in (96, 130, 320):
         for group_size in variant.group_sizes(k):
@@ -215,16 +215,16 @@ def test_budget_of_long_sums_and_many_tokens(dtype: torch.dtype, m: int, n: int,
         assert_within_budget(run(name, packed, x, bias), x, w_exact, bias)
 
 
-@each_dtype
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.format.name in ("nf4", "int4", "kbit3", "int8")], ids=str)
-@pytest.mark.parametrize("m", [1, 4, 8])
-def test_shapes_of_models(variant: Variant, dtype: torch.dtype, m: int) -> None:
+@pytest.mark.parametrize("name", ["nf4", "int4", "uint4", "kbit3", "nvfp4", "int8"])
+def test_shapes_of_models(name: str) -> None:
     """Sizes for which a plan fills the GPU: clusters, several chunks of K, several tiles of a block."""
-    for n, k in [(1024, 4096), (4096, 1024), (1536, 8960)]:
+    variant = next(v for v in VARIANTS if v.format.name == name)
+    for n, k in [(1024, 4096), (4096, 512), (520, 8960)]:
         packed, w_exact = on_gpu(random_weight(variant, n, k))
-        x = random_x(m, k, dtype)
-        for name in runs(packed, x):
-            assert_within_budget(run(name, packed, x), x, w_exact)
+        for dtype, m in itertools.product(DTYPES, (1, 2, 4, 8, 16)):
+            x = random_x(m, k, dtype)
+            for instance in runs(packed, x):
+                assert_within_budget(run(instance, packed, x), x, w_exact)
 
 
 def test_large_and_small_activations() -> None:
@@ -515,7 +515,7 @@ class Guarded:
 
 
 @each_dtype
-@pytest.mark.parametrize("variant", VARIANTS[::EVERY], ids=str)
+@each_case_variant
 def test_nothing_is_read_or_written_beside(variant: Variant, dtype: torch.dtype) -> None:
     """Weight, x and bias lie between NaNs and stay as they are; rows of y stay apart (ldy > N), with poison between."""
     for m, n, k in [(1, 1, 1), (3, 65, 63), (8, 130, 100), (17, 64, 64), (4, 33, 520)]:

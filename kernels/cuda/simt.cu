@@ -21,7 +21,9 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSimtWarps * layout::kLanes;
-constexpr int kStages = 4;    // units a warp has requested ahead: 9 KB each of 8 warps, two thread blocks an SM
+// Units a warp has requested ahead: at 4 bits 1.2 KB each, so 55 KB of a thread block, of which an SM holds two.
+template <class Codes>
+constexpr int kStages = Codes::kBits == 8 ? 4 : 6;
 constexpr int kLaneRows = 4;  // rows of a unit that a lane works on
 constexpr int kLaneK = 4;     // k of a step that it works on
 constexpr int kQuad = 4;      // lanes with the same rows
@@ -41,7 +43,7 @@ struct WarpMemory {
   int bytes;
 };
 
-WarpMemory warp_memory(const Weight& w, int groups) {
+WarpMemory warp_memory(const Weight& w, int groups, int stages) {
   const int values = w.flat_scales ? 0 : groups * kSimtUnitRows;
   const auto in_pieces = [](int bytes) { return (bytes + 15) / 16 * 16; };
   WarpMemory at{};
@@ -49,7 +51,7 @@ WarpMemory warp_memory(const Weight& w, int groups) {
   at.zeros = at.scales + in_pieces(values * size_of(w.scale_type));
   at.second = at.zeros + in_pieces(values * zero_size(w.zero_type, w.scale_type));
   at.stage_bytes = at.second + (w.scale_type == ScaleType::kNested ? values * 4 : 0);
-  at.bytes = kStages * at.stage_bytes;
+  at.bytes = stages * at.stage_bytes;
   if (values > 0 && w.scale_type != ScaleType::kFp32) at.decoded_scales = at.bytes, at.bytes += values * 4;
   if (values > 0 && w.zeros != nullptr) at.decoded_zeros = at.bytes, at.bytes += values * 4;
   return at;
@@ -66,6 +68,7 @@ struct Params {
   const void* bias;
   int64_t ldx, ldy, m;
   DType dtype;
+  bool x_pairs;           // two values of x from an even k may be one load
   int blocks;             // along K
   int groups;             // in a 64-k block, as packed: 1, 2 or 4
   unsigned group_ends;    // bit i: a group ends with step i of a block
@@ -181,39 +184,53 @@ __device__ __forceinline__ int x_position(int block, int k, int token, int token
          in_step / 8 * 2;
 }
 
-// k blocks [first, first + count) of kTokens tokens as fp32, zeros beyond K and M.
-template <DType kDType, int kTokens>
+__device__ __forceinline__ float x_value(const Params&, uint32_t bits) { return bits_to_float(bits); }
+__device__ __forceinline__ float x_value(const Params& p, uint16_t bits) {
+  return p.dtype == DType::kFp16 ? fp16_to_float(bits) : bf16_to_float(bits);
+}
+
+// k blocks [first, first + count) of kTokens tokens as fp32, zeros beyond K and M. A warp takes a token of a block, a
+// lane two k of it. Element: the bits of a value of x, Pair: of two.
+template <class Element, class Pair, int kTokens>
 __device__ __forceinline__ void load_x(const Params& p, float* shared, int64_t first_token, int first, int count) {
-  constexpr int kAtOnce = 8;  // loads in flight of a thread
-  constexpr int kPairsAtOnce = kThreads / layout::kBlockK;
-  const int k_in_block = threadIdx.x % layout::kBlockK, pairs = count * kTokens;
-  for (int start = threadIdx.x / layout::kBlockK; start < pairs; start += kAtOnce * kPairsAtOnce) {
-    float values[kAtOnce];
+  static_assert(sizeof(Pair) == 2 * sizeof(Element));
+  constexpr int kAtOnce = 8;  // loads in flight of a thread: all of a chunk's
+  const int k_in_block = threadIdx.x % layout::kLanes * 2, rows = count * kTokens;
+  for (int start = threadIdx.x / layout::kLanes; start < rows; start += kAtOnce * kSimtWarps) {
+    Pair pairs[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int pair = start + i * kPairsAtOnce;
-      const int64_t token = first_token + pair % kTokens;
-      const int64_t k = int64_t{first + pair / kTokens} * layout::kBlockK + k_in_block;
-      const bool inside = pair < pairs && token < p.m && k < p.weight.k;
-      values[i] = inside ? load_float(p.x, token * p.ldx + k, kDType) : 0.0f;
+      const int row = start + i * kSimtWarps;
+      const int64_t token = first_token + row % kTokens;
+      const int64_t k = int64_t{first + row / kTokens} * layout::kBlockK + k_in_block;
+      const Element* const from = static_cast<const Element*>(p.x) + (token * p.ldx + k);
+      const bool inside = row < rows && token < p.m && k < p.weight.k;
+      if (p.x_pairs) {
+        pairs[i] = inside ? *reinterpret_cast<const Pair*>(from) : Pair{0};
+      } else {
+        const Pair low = inside ? from[0] : Element{0}, high = inside && k + 1 < p.weight.k ? from[1] : Element{0};
+        pairs[i] = static_cast<Pair>(low | high << 8 * sizeof(Element));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int pair = start + i * kPairsAtOnce;
-      if (pair < pairs) shared[x_position(pair / kTokens, k_in_block, pair % kTokens, kTokens)] = values[i];
+      const int row = start + i * kSimtWarps;
+      if (row < rows) {
+        const Element low = static_cast<Element>(pairs[i]),
+                      high = static_cast<Element>(pairs[i] >> 8 * sizeof(Element));
+        float* const to = shared + x_position(row / kTokens, k_in_block, row % kTokens, kTokens);
+        *reinterpret_cast<float2*>(to) = make_float2(x_value(p, low), x_value(p, high));
+      }
     }
   }
 }
 
 template <int kTokens>
 __device__ __forceinline__ void load_x(const Params& p, float* shared, int64_t first_token, int first, int count) {
-  switch (p.dtype) {
-    case DType::kFp32:
-      return load_x<DType::kFp32, kTokens>(p, shared, first_token, first, count);
-    case DType::kFp16:
-      return load_x<DType::kFp16, kTokens>(p, shared, first_token, first, count);
-    default:
-      return load_x<DType::kBf16, kTokens>(p, shared, first_token, first, count);
+  if (p.dtype == DType::kFp32) {
+    load_x<uint32_t, uint64_t, kTokens>(p, shared, first_token, first, count);
+  } else {
+    load_x<uint16_t, uint32_t, kTokens>(p, shared, first_token, first, count);
   }
 }
 
@@ -230,10 +247,10 @@ __device__ __forceinline__ float flat_scale(const Params& p, int64_t n, int64_t 
 template <class Codes>
 struct Unit {
   typename Codes::Words words[kSimtUnitAtoms];
-  uint32_t table_lane;
+  typename Codes::State state;
   const float4* x;
-  const float4* scales;   // of the groups that follow
-  const float4* zeros;    // nullptr: none
+  const float4* scales;  // of the groups that follow
+  const float4* zeros;
   float zero[kLaneRows];  // of the group
   int64_t row;            // flat scales only
   int block;
@@ -247,11 +264,10 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& uni
   float weights[kSimtUnitAtoms][2][kLaneK];
 #pragma unroll
   for (int atom = 0; atom < kSimtUnitAtoms; ++atom) {
-    Codes::template decode<kStep>(unit.words[atom], unit.table_lane, weights[atom]);
+    Codes::template decode<kStep>(unit.words[atom], unit.state, weights[atom]);
   }
-  if constexpr (Codes::kIntegers) {
-    if (unit.zeros != nullptr &&
-        (kStep == 0 || (kGroups == Groups::kSteps && (p.group_ends >> (kStep - 1) & 1) != 0))) {
+  if constexpr (Codes::kZeros) {
+    if (kStep == 0 || (kGroups == Groups::kSteps && (p.group_ends >> (kStep - 1) & 1) != 0)) {
       const float4 v = *unit.zeros;
       unit.zero[0] = v.x, unit.zero[1] = v.y, unit.zero[2] = v.z, unit.zero[3] = v.w;
       unit.zeros += layout::kLanes / 4;
@@ -262,7 +278,7 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& uni
     float (&w)[kLaneK] = weights[j / 2][j % 2];
 #pragma unroll
     for (int i = 0; i < kLaneK; ++i) {
-      if constexpr (Codes::kIntegers) w[i] -= unit.zero[j];
+      if constexpr (Codes::kZeros) w[i] -= unit.zero[j];
       if constexpr (kGroups == Groups::kFlat) {
         const int64_t k =
             int64_t{unit.block} * layout::kBlockK + kStep * layout::kStepK + lane % kQuad * 2 + i % 2 + i / 2 * 8;
@@ -354,13 +370,14 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   launch_dependents();
   uint8_t* const memory = shared + p.warps + warp * p.memory.bytes;
   const UnitSource<Codes, kGroups> source(p, row, lane);
-  for (int i = 0; i < kStages; ++i) {
+#pragma unroll 1
+  for (int i = 0; i < kStages<Codes>; ++i) {
     const int block = begin + k_warp + i * k_warps;
     if (block < end) source.request(p, memory + i * p.memory.stage_bytes, block, lane);
     copy_async_commit();
   }
   float* const map = reinterpret_cast<float*>(shared + p.map);
-  if constexpr (!Codes::kIntegers) {
+  if constexpr (Codes::kIsCodebook) {
     const float* device = p.codebook.device;
     const float value = lane < 1 << Codes::kBits ? (device != nullptr ? device[lane] : p.codebook.values[lane]) : 0.0f;
     Codes::fill_table(shared, value, threadIdx.x, kThreads);
@@ -371,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   wait_for_previous_kernel();
 
   float* const x = reinterpret_cast<float*>(shared + p.x_shared);
-  const uint32_t table_lane = Codes::lane_offset(shared, lane);
+  const typename Codes::State state = Codes::state(shared, lane, p.weight.bias);
   float totals[kLaneRows][kTokens] = {};
   int stage = 0;
   for (int chunk = begin; chunk < last; chunk += p.plan.chunk_blocks) {
@@ -381,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
     __syncthreads();
     for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
-      copy_async_wait<kStages - 1>();
+      copy_async_wait<kStages<Codes> - 1>();
       __syncwarp();
       if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values(p, memory, stored, map, lane);
       Unit<Codes> unit;
@@ -390,20 +407,19 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
       }
       unit.x =
           reinterpret_cast<const float4*>(x) + (block - chunk) * (layout::kBlockK * kTokens / kLaneK) + lane % kQuad;
-      unit.table_lane = table_lane;
+      unit.state = state;
       unit.row = row;
       unit.block = block;
       const auto values = [&](const uint8_t* of) { return reinterpret_cast<const float4*>(of) + lane / kQuad; };
       unit.scales = values(p.memory.decoded_scales != 0 ? memory + p.memory.decoded_scales : stored + p.memory.scales);
-      unit.zeros = p.memory.decoded_zeros != 0 ? values(memory + p.memory.decoded_zeros) : nullptr;
-      for (float& zero : unit.zero) zero = static_cast<float>(p.weight.bias);
+      unit.zeros = values(memory + p.memory.decoded_zeros);
       float sums[kLaneRows][kTokens];
       multiply_steps<Codes, kTokens, kGroups>(p, unit, lane, sums, totals);
       __syncwarp();  // the stage was read
-      const int next = block + kStages * k_warps;
+      const int next = block + kStages<Codes> * k_warps;
       if (next < end) source.request(p, stored, next, lane);
       copy_async_commit();
-      stage = stage + 1 < kStages ? stage + 1 : 0;
+      stage = stage + 1 < kStages<Codes> ? stage + 1 : 0;
     }
   }
   copy_async_wait<0>();
@@ -445,8 +461,8 @@ constexpr int sum_bytes(int tokens, int tile_rows) {
   return tokens * (kSimtWarps * kSimtUnitRows + tile_rows) * static_cast<int>(sizeof(float));
 }
 constexpr int kNestedMapBytes = kNestedMapSize * static_cast<int>(sizeof(float));
-// x in shared memory, at most: with the tables and rings of 4-bit codes, two thread blocks share an SM.
-constexpr int kXBytes = 32 << 10;
+// x in shared memory, at most: a batch of load_x, so that its latency is paid once.
+constexpr int kXBytes = 16 << 10;
 
 template <class Codes, int kTokens, Groups kGroups>
 const char* run(const GemmProblem& problem) {
@@ -463,6 +479,8 @@ const char* run(const GemmProblem& problem) {
   p.ldy = problem.ldy;
   p.m = problem.m;
   p.dtype = problem.dtype;
+  p.x_pairs = w.k % 2 == 0 && problem.ldx % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(problem.x) % (2 * size_of(problem.dtype)) == 0;
   p.blocks = static_cast<int>(layout::blocks_along_k(w.k));
   // Group sizes other than K are powers of two; with one group, every k is in group 0.
   while (p.group_shift < 31 && (packed_groups == 1 && !w.flat_scales || int64_t{2} << p.group_shift <= w.group_size)) {
@@ -472,7 +490,7 @@ const char* run(const GemmProblem& problem) {
   p.row_groups = w.groups();
   p.packed_groups = packed_groups;
   p.group_ends = p.groups == 1 ? 0b1000u : p.groups == 2 ? 0b1010u : 0b1111u;
-  p.memory = warp_memory(w, p.groups);
+  p.memory = warp_memory(w, p.groups, kStages<Codes>);
   p.map = Codes::kTableBytes;
   p.warps = p.map + (w.scale_type == ScaleType::kNested ? kNestedMapBytes : 0);
   p.x_shared = p.warps + kSimtWarps * p.memory.bytes;
@@ -481,6 +499,7 @@ const char* run(const GemmProblem& problem) {
   while (1 << p.cluster_shift < p.plan.cluster) ++p.cluster_shift;
   const int x_bytes = p.plan.chunk_blocks * layout::kBlockK * kTokens * static_cast<int>(sizeof(float));
   const int shared_bytes = p.x_shared + std::max(x_bytes, sum_bytes(kTokens, p.plan.tile_rows()));
+  if (shared_bytes > device.shared_bytes) return "too little shared memory";
   return launch<simt_kernel<Codes, kTokens, kGroups>>(
       {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
        problem.programmatic_launch && device.clusters, problem.stream},
@@ -489,14 +508,19 @@ const char* run(const GemmProblem& problem) {
 
 template <class Codes, Groups kGroups>
 const char* run_groups(const GemmProblem& p) {
+  // Eight tokens may take more shared memory than sm_86 and sm_89 have, 99 KB.
+  constexpr int kSharedForAll = 128 << 10;
   if (p.m == 1) return run<Codes, 1, kGroups>(p);
-  if (p.m <= 4) return run<Codes, 4, kGroups>(p);
+  if constexpr (kGroups == Groups::kWhole) {
+    if (p.m == 2) return run<Codes, 2, kGroups>(p);
+  }
+  if (p.m <= 4 || device_properties().shared_bytes < kSharedForAll) return run<Codes, 4, kGroups>(p);
   return run<Codes, kMaxTokens, kGroups>(p);
 }
 
 template <class Codes>
 const char* run_codes(const GemmProblem& p) {
-  if constexpr (!Codes::kIntegers) {
+  if constexpr (Codes::kIsCodebook) {
     // Rare: blocks of a codebook format across row ends.
     if (p.weight.flat_scales) return run<Codes, kMaxTokens, Groups::kFlat>(p);
   }
@@ -506,7 +530,11 @@ const char* run_codes(const GemmProblem& p) {
 
 const char* simt_gemm(const GemmProblem& p) {
   const Weight& w = p.weight;
-  if (!w.is_codebook) return w.bits == 4 ? run_codes<IntegerCodes<4>>(p) : run_codes<IntegerCodes<8>>(p);
+  const bool zeros = w.zero_type != ZeroType::kNone;
+  if (!w.is_codebook && w.bits == 4) {
+    return zeros ? run_codes<IntegerCodes<4, true>>(p) : run_codes<IntegerCodes<4, false>>(p);
+  }
+  if (!w.is_codebook) return run_codes<IntegerCodes<8, false>>(p);
   switch (w.bits) {
     case 2:
       return run_codes<CodebookCodes<2>>(p);
@@ -523,7 +551,9 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 template <DType kDType>
 bool simt_supports(const GemmProblem& p) {
-  return p.dtype == kDType && is_aligned(p.weight.codes) && is_aligned(p.weight.scales) && is_aligned(p.weight.zeros);
+  const bool int8_zeros = p.weight.bits == 8 && p.weight.zero_type != ZeroType::kNone;  // no format has them
+  return p.dtype == kDType && !int8_zeros && is_aligned(p.weight.codes) && is_aligned(p.weight.scales) &&
+         is_aligned(p.weight.zeros);
 }
 
 }  // namespace

@@ -116,7 +116,8 @@ __device__ __forceinline__ uint32_t move_field(uint32_t word) {
 template <int kBits_>
 struct CodebookCodes {
   static constexpr int kBits = kBits_;
-  static constexpr bool kIntegers = false;
+  static constexpr bool kIsCodebook = true;
+  static constexpr bool kZeros = false;
   static constexpr bool kPairTable = kBits <= 4;
   static constexpr int kEntries = kPairTable ? 1 << 2 * kBits : 1 << kBits;
   static constexpr int kEntryBytes = 128;
@@ -137,11 +138,13 @@ struct CodebookCodes {
     }
   }
 
-  __device__ __forceinline__ static uint32_t lane_offset(const void* table, int lane) {
+  // What decoding needs beside the codes: here, the table's lane part.
+  using State = uint32_t;
+  __device__ __forceinline__ static State state(const void* table, int lane, int) {
     return table_lane(table, kPairTable ? lane % 16 * 8 : lane * 4);
   }
 
-  // The weights of a step; `lane` is its lane_offset. [row g, row g + 8][k = 2t, 2t + 1, 2t + 8, 2t + 9].
+  // The weights of a step: [row g, row g + 8][k = 2t, 2t + 1, 2t + 8, 2t + 9].
   template <int kStep>
   __device__ __forceinline__ static void decode(const Words& words, uint32_t lane, float (&weights)[2][4]) {
     decode_pairs<kStep, 0>(words, lane, weights);
@@ -191,10 +194,12 @@ struct CodebookCodes {
   }
 };
 
-template <int kBits_>
+// kZeros_: a zero point is subtracted later; else the bias is, here.
+template <int kBits_, bool kZeros_>
 struct IntegerCodes {
   static constexpr int kBits = kBits_;
-  static constexpr bool kIntegers = true;
+  static constexpr bool kIsCodebook = false;
+  static constexpr bool kZeros = kZeros_;
   static constexpr int kTableBytes = 0;
   static constexpr auto kOrder = layout::CodeOrder::kHalves;
   static_assert(kBits == 4 || kBits == 8);
@@ -202,34 +207,46 @@ struct IntegerCodes {
   using Words = LaneWords<kBits>;
 
   __device__ __forceinline__ static void fill_table(uint8_t*, float, int, int) {}
-  __device__ __forceinline__ static uint32_t lane_offset(const void*, int) { return 0; }
 
-  // Unsigned codes, exact.
+  // Code c at bit b of the mantissa of 2^23 is 2^23 + c * 2^b, so (value * 2^-b) - (2^23 * 2^-b + bias) is what it
+  // stands for; `offsets` has the second terms, for b = 0, 4, 8, 12.
+  struct State {
+    float offsets[kBits == 4 ? 4 : 1];
+    uint32_t magic;
+  };
+  __device__ __forceinline__ static State state(const void*, int, int bias) {
+    State state;
+    for (int i = 0; i < (kBits == 4 ? 4 : 1); ++i) {
+      state.offsets[i] = 0x1p23f / static_cast<float>(1 << 4 * i) + static_cast<float>(kZeros ? 0 : bias);
+    }
+    // Opaque, so that it stays in a register: of a LOP3's operands only one may be a constant.
+    asm volatile("mov.b32 %0, 0x4B000000;" : "=r"(state.magic));
+    return state;
+  }
+
+  // Exact.
   template <int kStep>
-  __device__ __forceinline__ static void decode(const Words& words, uint32_t, float (&weights)[2][4]) {
-    decode_values<kStep, 0>(words, weights);
+  __device__ __forceinline__ static void decode(const Words& words, const State& state, float (&weights)[2][4]) {
+    decode_values<kStep, 0>(words, state, weights);
   }
 
  private:
   template <int kStep, int kValue>
-  __device__ __forceinline__ static void decode_values(const Words& words, float (&weights)[2][4]) {
+  __device__ __forceinline__ static void decode_values(const Words& words, const State& state, float (&weights)[2][4]) {
     if constexpr (kValue < layout::kCodesPerStep) {
       constexpr WordPosition kAt = word_position(kBits, kOrder, kStep, kValue);
-      constexpr uint32_t kMagic = 0x4B000000u;  // 2^23: the mantissa's unit is 1
       const uint32_t word = words.low[kAt.word];
       float& out = weights[kValue / 2 % 2][kValue % 2 + kValue / 4 * 2];
       if constexpr (kBits == 8) {
-        out = __uint_as_float(__byte_perm(word, kMagic, 0x7440 | kAt.bit / 8)) - 0x1p23f;
+        out = __uint_as_float(__byte_perm(word, state.magic, 0x7440 | kAt.bit / 8)) - state.offsets[0];
       } else {
-        // The code stands at bit kBit of the mantissa: 2^23 + code * 2^kBit, which one FFMA takes to the code. The
-        // upper half-word's codes come down first: theirs would reach into the exponent.
+        // The upper half-word's codes come down first: theirs would reach into the exponent.
         constexpr int kBit = kAt.bit % 16;
-        constexpr float kUnit = 1.0f / (1 << kBit);
         const uint32_t half = kAt.bit < 16 ? word : word >> 16;
-        const float magic = __uint_as_float((half & 0xFu << kBit) | kMagic);
-        out = __fmaf_rn(magic, kUnit, -0x1p23f * kUnit);
+        out = __fmaf_rn(__uint_as_float((half & 0xFu << kBit) | state.magic), 1.0f / (1 << kBit),
+                        -state.offsets[kBit / 4]);
       }
-      decode_values<kStep, kValue + 1>(words, weights);
+      decode_values<kStep, kValue + 1>(words, state, weights);
     }
   }
 };

@@ -28,18 +28,20 @@ struct SimtPlan {
   int64_t thread_blocks() const { return row_tiles * token_tiles * cluster; }
 };
 
-// What a plan takes, in cycles: an SM's thread blocks run two at a time. A unit's loads from shared memory bound 16
-// warps, the latency of a unit fewer.
+// What a plan takes, in cycles. The numbers describe times of all 16 plans for nf4 on an H200 (1024 x 4096, 4096 x
+// 4096, 4096 x 14336, 28672 x 4096; M = 1 and 8; 2026-11-21). An SM's thread blocks run two at a time; a unit of one of
+// 16 warps waits for the others' instructions, one of 8 for its own.
 static inline double simt_cycles(const SimtPlan& plan, int64_t blocks, int tile_tokens, int sms) {
   const int64_t cta_blocks = layout::ceil_div(blocks, plan.cluster);
   const double warp_units = static_cast<double>(layout::ceil_div(cta_blocks, plan.k_warps()));
-  const double unit_loads = 86 + 16 * tile_tokens, unit_latency = 600 + 100 * tile_tokens;
+  const double alone = 760 + 440 * tile_tokens, pair = std::max<double>(alone, 16 * (104 + 27 * tile_tokens));
   const double x_cycles = static_cast<double>(cta_blocks * layout::kBlockK * tile_tokens * 4) / 24;
-  const double start = 4000 + x_cycles + (plan.cluster > 1 ? 1000 : 0);
-  const int64_t per_sm = layout::ceil_div(plan.thread_blocks(), sms);
-  const double pairs = static_cast<double>(per_sm / 2), single = static_cast<double>(per_sm % 2);
-  return pairs * (start + warp_units * std::max(unit_latency, 2 * kSimtWarps * unit_loads)) +
-         single * (start + warp_units * std::max(unit_latency, kSimtWarps * unit_loads));
+  const double start = 6000 + x_cycles + (plan.cluster > 1 ? 600 * std::max(1, plan.cluster / 4 + 1) : 0);
+  // Clusters of 4 and more fill SMs by two, and those of 8 leave out 4 of the 36 places of 18 SMs.
+  const int64_t places = plan.cluster == 8 ? sms - sms / 9 : sms;
+  const int64_t per_sm = std::max<int64_t>(plan.cluster >= 4 ? 2 : 1, layout::ceil_div(plan.thread_blocks(), places));
+  return static_cast<double>(per_sm / 2) * (start + warp_units * pair) +
+         static_cast<double>(per_sm % 2) * (start + warp_units * alone);
 }
 
 // The fastest of the 16 plans. `x_bytes`: of shared memory for x.
