@@ -31,15 +31,14 @@ struct SimtPlan {
 // What a plan takes, in cycles. The numbers describe times of all 16 plans for nf4 on an H200 (1024 x 4096, 4096 x
 // 4096, 4096 x 14336, 28672 x 4096; M = 1 and 8; 2026-11-21). An SM's thread blocks run two at a time; a unit of one of
 // 16 warps waits for the others' instructions, one of 8 for its own.
-static inline double simt_cycles(const SimtPlan& plan, int64_t blocks, int tile_tokens, int sms) {
-  const int64_t cta_blocks = layout::ceil_div(blocks, plan.cluster);
-  const double warp_units = static_cast<double>(layout::ceil_div(cta_blocks, plan.k_warps()));
+static inline double simt_cycles(const SimtPlan& plan, int64_t blocks_of_k, int tile_tokens, int sms) {
+  const double warp_units = static_cast<double>(layout::ceil_div(blocks_of_k, plan.k_warps()));
   const double alone = 760 + 440 * tile_tokens, pair = std::max<double>(alone, 16 * (104 + 27 * tile_tokens));
-  const double x_cycles = static_cast<double>(cta_blocks * layout::kBlockK * tile_tokens * 4) / 24;
-  const double start = 6000 + x_cycles + (plan.cluster > 1 ? 600 * std::max(1, plan.cluster / 4 + 1) : 0);
-  // Clusters of 4 and more fill SMs by two, and those of 8 leave out 4 of the 36 places of 18 SMs.
-  const int64_t places = plan.cluster == 8 ? sms - sms / 9 : sms;
-  const int64_t per_sm = std::max<int64_t>(plan.cluster >= 4 ? 2 : 1, layout::ceil_div(plan.thread_blocks(), places));
+  const double x_cycles = static_cast<double>(blocks_of_k * layout::kBlockK * tile_tokens * 4) / 24;
+  const double start = 6000 + x_cycles + (plan.cluster == 1 ? 0 : plan.cluster < 4 ? 1800 : 3000);
+  // Clusters of 4 and more fill SMs by two, and find no room in a ninth of them.
+  const int64_t places = plan.cluster < 4 ? sms : sms - sms / 9;
+  const int64_t per_sm = std::max<int64_t>(plan.cluster < 4 ? 1 : 2, layout::ceil_div(plan.thread_blocks(), places));
   return static_cast<double>(per_sm / 2) * (start + warp_units * pair) +
          static_cast<double>(per_sm % 2) * (start + warp_units * alone);
 }
@@ -48,13 +47,14 @@ static inline double simt_cycles(const SimtPlan& plan, int64_t blocks, int tile_
 static inline SimtPlan plan_simt(int64_t m, int64_t n, int64_t k, int tile_tokens, int x_bytes, int sms,
                                  bool clusters) {
   const int64_t blocks = layout::blocks_along_k(k);
-  const int64_t strips = layout::ceil_div(n, kSimtUnitRows);
+  const int64_t strips = layout::ceil_div(n, kSimtUnitRows), token_tiles = layout::ceil_div(m, tile_tokens);
   SimtPlan best{};
   double fewest = 0;
   for (int cluster = 1; cluster <= (clusters ? kSimtMaxCluster : 1); cluster *= 2) {
+    const int64_t blocks_of_k = layout::ceil_div(blocks, cluster);
     for (int row_warps = 1; row_warps <= kSimtWarps; row_warps *= 2) {
-      SimtPlan plan{row_warps, cluster, 0, layout::ceil_div(strips, row_warps), layout::ceil_div(m, tile_tokens)};
-      const double cycles = simt_cycles(plan, blocks, tile_tokens, sms);
+      const SimtPlan plan{row_warps, cluster, 0, layout::ceil_div(strips, row_warps), token_tiles};
+      const double cycles = simt_cycles(plan, blocks_of_k, tile_tokens, sms);
       if (best.cluster == 0 || cycles < fewest) best = plan, fewest = cycles;
     }
   }
