@@ -499,7 +499,8 @@ const char* run(const GemmProblem& problem) {
   while (1 << p.cluster_shift < p.plan.cluster) ++p.cluster_shift;
   const int x_bytes = p.plan.chunk_blocks * layout::kBlockK * kTokens * static_cast<int>(sizeof(float));
   const int shared_bytes = p.x_shared + std::max(x_bytes, sum_bytes(kTokens, p.plan.tile_rows()));
-  if (shared_bytes > device.shared_bytes) return "too little shared memory";
+  if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
+  if (p.plan.thread_blocks() > INT32_MAX) return "simt: too many thread blocks";
   return launch<simt_kernel<Codes, kTokens, kGroups>>(
       {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
        problem.programmatic_launch && device.clusters, problem.stream},
