@@ -9,10 +9,10 @@
 
 #include "kernels/cuda/cluster_launch.hpp"
 #include "kernels/cuda/device.hpp"
-#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/simt_codebook.hpp"
 #include "kernels/cuda/simt_codes.cuh"
 #include "kernels/cuda/simt_plan.hpp"
+#include "kernels/cuda/simt_ptx.cuh"
 #include "kernels/decode.hpp"
 #include "kernels/instance.hpp"
 
