@@ -1,0 +1,577 @@
+// Family `simt`: y = x @ W^T + bias on the FP32 cores. Any format, any shape; sums in fp32, x and y in fp32, fp16 or
+// bf16. Meant for few tokens: a unit's weights are decoded once for up to 8 tokens.
+//
+// Lane l = 4g + t of a warp decodes what the tensor cores would give it of two atoms: rows g, g + 8, g + 16, g + 24 and
+// four k of each 16-k step, and multiplies them with x from shared memory. The products of a group are summed, then
+// multiplied with its scale in fp32; sums of lanes, warps and thread blocks (of a cluster, through distributed shared
+// memory) are added in a fixed order, so a result depends neither on the run nor on the neighbouring tokens.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/cluster_launch.hpp"
+#include "kernels/cuda/device.hpp"
+#include "kernels/cuda/simt_codebook.hpp"
+#include "kernels/cuda/simt_codes.cuh"
+#include "kernels/cuda/simt_plan.hpp"
+#include "kernels/cuda/simt_ptx.cuh"
+#include "kernels/decode.hpp"
+#include "kernels/instance.hpp"
+
+namespace cutlass_ext {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = kSimtWarps * layout::kLanes;
+// Units a warp has requested ahead: at 4 bits 1.2 KB each, so 55 KB of a thread block, of which an SM holds two.
+template <class Codes>
+constexpr int kStages = Codes::kBits == 8 ? 4 : 6;
+constexpr int kLaneRows = 4;  // rows of a unit that a lane works on
+constexpr int kLaneK = 4;     // k of a step that it works on
+constexpr int kQuad = 4;      // lanes with the same rows
+constexpr unsigned kAll = 0xFFFFFFFFu;
+static_assert(layout::scale_position(8) == 1 && layout::scale_position(layout::kAtomRows) == 2 &&
+                  layout::scale_position(kSimtUnitRows) == kLaneRows,
+              "a lane's four scales of a unit stand side by side");
+
+// Offsets of a warp's memory: in a stage, a unit's codes, scales, zeros and second-level absmax as they are stored;
+// behind the stages, scales and zeros as fp32. The values of a group are ordered [g][row g + 8j]: value l belongs to
+// row l / 4 + 8 * (l % 4) of the unit, and a lane's four rows are one 16-byte load.
+struct WarpMemory {
+  int scales, zeros, second;
+  int stage_bytes;
+  int decoded_scales;  // 0: the stage's are fp32
+  int decoded_zeros;   // 0: none
+  int bytes;
+};
+
+WarpMemory warp_memory(const Weight& w, int groups, int stages) {
+  const int values = w.flat_scales ? 0 : groups * kSimtUnitRows;
+  const auto in_pieces = [](int bytes) { return (bytes + 15) / 16 * 16; };
+  WarpMemory at{};
+  at.scales = kSimtUnitAtoms * layout::atom_bytes(w.bits);
+  at.zeros = at.scales + in_pieces(values * size_of(w.scale_type));
+  at.second = at.zeros + in_pieces(values * zero_size(w.zero_type, w.scale_type));
+  at.stage_bytes = at.second + (w.scale_type == ScaleType::kNested ? values * 4 : 0);
+  at.bytes = stages * at.stage_bytes;
+  if (values > 0 && w.scale_type != ScaleType::kFp32) at.decoded_scales = at.bytes, at.bytes += values * 4;
+  if (values > 0 && w.zeros != nullptr) at.decoded_zeros = at.bytes, at.bytes += values * 4;
+  return at;
+}
+
+// How the scales of a 64-k block change: not, every 16 or 32 k, or anywhere.
+enum class Groups { kWhole, kSteps, kFlat };
+
+struct Params {
+  Weight weight;
+  Codebook codebook;
+  const void* x;
+  void* y;
+  const void* bias;
+  int64_t ldx, ldy, m;
+  DType dtype;
+  bool x_pairs;           // two values of x from an even k may be one load
+  int blocks;             // along K
+  int groups;             // in a 64-k block, as packed: 1, 2 or 4
+  unsigned group_ends;    // bit i: a group ends with step i of a block
+  int group_shift;        // group of k = k >> group_shift
+  int64_t row_groups;     // of a row of the weight
+  int64_t packed_groups;  // of a slab
+  WarpMemory memory;
+  SimtPlan plan;
+  int cluster_shift;         // log2(plan.cluster)
+  int warps, map, x_shared;  // offsets in shared memory, behind the table
+};
+
+// ---- weights: a ring of units for each warp
+
+// Where a warp's units come from; a lane's part of each.
+template <class Codes, Groups kGroups>
+struct UnitSource {
+  static constexpr int kPieces = kSimtUnitAtoms * layout::atom_bytes(Codes::kBits) / 16;
+
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  int64_t second;  // number of the first group of row lane / 4 + 8 * (lane % 4), or -1 beyond N
+  int scale_size, zero_size;
+
+  __device__ __forceinline__ UnitSource(const Params& p, int64_t row, int lane) {
+    const Weight& w = p.weight;
+    codes = w.codes + layout::atom_offset(row, 0, w.k, Codes::kBits) + lane * 16;
+    if constexpr (kGroups != Groups::kFlat) {
+      // Lane = 8 * group + g takes the four values of g's rows.
+      const int64_t first = row / layout::kBlockRows * p.packed_groups * layout::kBlockRows +
+                            layout::scale_position(static_cast<int>(row % layout::kBlockRows)) +
+                            lane / 8 * layout::kBlockRows + lane % 8 * 8;
+      scale_size = size_of(w.scale_type);
+      zero_size = cutlass_ext::zero_size(w.zero_type, w.scale_type);
+      scales = static_cast<const uint8_t*>(w.scales) + first * scale_size;
+      zeros = static_cast<const uint8_t*>(w.zeros) + first * zero_size;
+      const int64_t n = row + lane % kQuad * 8 + lane / kQuad;
+      second = n < w.n ? n * p.row_groups : -1;
+    }
+  }
+
+  // Requests the unit of a k block.
+  __device__ __forceinline__ void request(const Params& p, uint8_t* stage, int block, int lane) const {
+    const uint8_t* const from = codes + int64_t{block} * layout::block_bytes(Codes::kBits);
+#pragma unroll
+    for (int first = 0; first < kPieces; first += layout::kLanes) {
+      if (first + layout::kLanes <= kPieces || first + lane < kPieces) {
+        copy_async<16>(stage + (first + lane) * 16, from + first * 16);
+      }
+    }
+    if constexpr (kGroups != Groups::kFlat) {
+      const unsigned group = static_cast<unsigned>(block) * layout::kBlockK >> p.group_shift;
+      if (lane < p.groups * 8) copy_values(stage + p.memory.scales, scales, scale_size, group, lane);
+      if (p.memory.decoded_zeros != 0 && lane < p.groups * 8) {
+        copy_values(stage + p.memory.zeros, zeros, zero_size, group, lane);
+      }
+      if (p.weight.scale_type == ScaleType::kNested) {
+#pragma unroll 1
+        for (int i = 0; i < p.groups; ++i) {
+          // Padding has no second level.
+          const bool valid = second >= 0 && group + i < p.row_groups;
+          const float* absmax = p.weight.nested_absmax + (valid ? (second + group + i) / kNestedBlock : 0);
+          copy_async<4>(stage + p.memory.second + (i * layout::kLanes + lane) * 4, absmax, valid);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void copy_values(uint8_t* to, const uint8_t* from, int size, unsigned group,
+                                                     int lane) {
+    from += uint64_t{group} * static_cast<unsigned>(layout::kBlockRows * size);
+    to += lane * kLaneRows * size;
+    if (size == 4) {
+      copy_async<16>(to, from);
+    } else if (size == 2) {
+      copy_async<8>(to, from);
+    } else {
+      copy_async<4>(to, from);
+    }
+  }
+};
+
+// Scales and zeros of a unit as fp32, where they are not stored so: a lane decodes one value of each group.
+__device__ __forceinline__ void decode_values(const Params& p, uint8_t* memory, const uint8_t* stage, const float* map,
+                                              int lane) {
+  Weight staged = p.weight;
+  staged.scales = stage + p.memory.scales;
+  staged.zeros = stage + p.memory.zeros;
+  staged.nested_map = map;
+  staged.nested_absmax = reinterpret_cast<const float*>(stage + p.memory.second);
+#pragma unroll 1
+  for (int i = lane; i < p.groups * layout::kLanes; i += layout::kLanes) {
+    // The stage has a second-level value for each scale.
+    if (p.memory.decoded_scales != 0) {
+      reinterpret_cast<float*>(memory + p.memory.decoded_scales)[i] =
+          decode_scale(staged, i, int64_t{i} * kNestedBlock);
+    }
+    if (p.memory.decoded_zeros != 0) {
+      reinterpret_cast<float*>(memory + p.memory.decoded_zeros)[i] = decode_zero(staged, i);
+    }
+  }
+  __syncwarp();
+}
+
+// ---- x: chunks of K for all warps
+
+// Shared x is [block][step][token][t][k = 2t, 2t + 1, 2t + 8, 2t + 9]: a lane's four values are one load.
+__device__ __forceinline__ int x_position(int block, int k, int token, int tokens) {
+  const int step = k / layout::kStepK, in_step = k % layout::kStepK;
+  return ((block * layout::kSteps + step) * tokens + token) * layout::kStepK + in_step % 8 / 2 * kLaneK + in_step % 2 +
+         in_step / 8 * 2;
+}
+
+__device__ __forceinline__ float x_value(const Params&, uint32_t bits) { return bits_to_float(bits); }
+__device__ __forceinline__ float x_value(const Params& p, uint16_t bits) {
+  return p.dtype == DType::kFp16 ? fp16_to_float(bits) : bf16_to_float(bits);
+}
+
+// k blocks [first, first + count) of kTokens tokens as fp32, zeros beyond K and M. A warp takes a token of a block, a
+// lane two k of it. Element: the bits of a value of x, Pair: of two.
+template <class Element, class Pair, int kTokens>
+__device__ __forceinline__ void load_x(const Params& p, float* shared, int64_t first_token, int first, int count) {
+  static_assert(sizeof(Pair) == 2 * sizeof(Element));
+  constexpr int kAtOnce = 8;  // loads in flight of a thread: all of a chunk's
+  const int k_in_block = threadIdx.x % layout::kLanes * 2, rows = count * kTokens;
+  for (int start = threadIdx.x / layout::kLanes; start < rows; start += kAtOnce * kSimtWarps) {
+    Pair pairs[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = start + i * kSimtWarps;
+      const int64_t token = first_token + row % kTokens;
+      const int64_t k = int64_t{first + row / kTokens} * layout::kBlockK + k_in_block;
+      const Element* const from = static_cast<const Element*>(p.x) + (token * p.ldx + k);
+      const bool inside = row < rows && token < p.m && k < p.weight.k;
+      if (p.x_pairs) {
+        pairs[i] = inside ? *reinterpret_cast<const Pair*>(from) : Pair{0};
+      } else {
+        const Pair low = inside ? from[0] : Element{0}, high = inside && k + 1 < p.weight.k ? from[1] : Element{0};
+        pairs[i] = static_cast<Pair>(low | high << 8 * sizeof(Element));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = start + i * kSimtWarps;
+      if (row < rows) {
+        const Element low = static_cast<Element>(pairs[i]),
+                      high = static_cast<Element>(pairs[i] >> 8 * sizeof(Element));
+        float* const to = shared + x_position(row / kTokens, k_in_block, row % kTokens, kTokens);
+        *reinterpret_cast<float2*>(to) = make_float2(x_value(p, low), x_value(p, high));
+      }
+    }
+  }
+}
+
+template <int kTokens>
+__device__ __forceinline__ void load_x(const Params& p, float* shared, int64_t first_token, int first, int count) {
+  if (p.dtype == DType::kFp32) {
+    load_x<uint32_t, uint64_t, kTokens>(p, shared, first_token, first, count);
+  } else {
+    load_x<uint16_t, uint32_t, kTokens>(p, shared, first_token, first, count);
+  }
+}
+
+// ---- products
+
+// Scales of flat blocks: one for each weight.
+__device__ __forceinline__ float flat_scale(const Params& p, int64_t n, int64_t k) {
+  if (n >= p.weight.n || k >= p.weight.k) return 0.0f;
+  const int64_t group = (n * p.weight.k + k) >> p.group_shift;
+  return decode_scale(p.weight, group, group);
+}
+
+// What a lane needs of a unit.
+template <class Codes>
+struct Unit {
+  typename Codes::Words words[kSimtUnitAtoms];
+  typename Codes::State state;
+  const float4* x;
+  const float4* scales;  // of the groups that follow
+  const float4* zeros;
+  float zero[kLaneRows];  // of the group
+  int64_t row;            // flat scales only
+  int block;
+};
+
+// Steps kStep .. 3 of a unit: 32 rows x 16 k x kTokens each. `totals` gets the sums of each group, scaled.
+template <class Codes, int kTokens, Groups kGroups, int kStep = 0>
+__device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& unit, int lane,
+                                               float (&sums)[kLaneRows][kTokens], float (&totals)[kLaneRows][kTokens]) {
+  constexpr bool kLast = kStep + 1 == layout::kSteps;
+  float weights[kSimtUnitAtoms][2][kLaneK];
+#pragma unroll
+  for (int atom = 0; atom < kSimtUnitAtoms; ++atom) {
+    Codes::template decode<kStep>(unit.words[atom], unit.state, weights[atom]);
+  }
+  if constexpr (Codes::kZeros) {
+    if (kStep == 0 || (kGroups == Groups::kSteps && (p.group_ends >> (kStep - 1) & 1) != 0)) {
+      const float4 v = *unit.zeros;
+      unit.zero[0] = v.x, unit.zero[1] = v.y, unit.zero[2] = v.z, unit.zero[3] = v.w;
+      unit.zeros += layout::kLanes / 4;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kLaneRows; ++j) {
+    float (&w)[kLaneK] = weights[j / 2][j % 2];
+#pragma unroll
+    for (int i = 0; i < kLaneK; ++i) {
+      if constexpr (Codes::kZeros) w[i] -= unit.zero[j];
+      if constexpr (kGroups == Groups::kFlat) {
+        const int64_t k =
+            int64_t{unit.block} * layout::kBlockK + kStep * layout::kStepK + lane % kQuad * 2 + i % 2 + i / 2 * 8;
+        w[i] *= flat_scale(p, unit.row + j * 8 + lane / kQuad, k);
+      }
+    }
+  }
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) {
+    const float4 v = unit.x[(kStep * kTokens + token) * (layout::kStepK / kLaneK)];
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      const float (&w)[kLaneK] = weights[j / 2][j % 2];
+      float& sum = sums[j][token];
+      sum = kStep == 0 ? w[0] * v.x : __fmaf_rn(w[0], v.x, sum);
+      sum = __fmaf_rn(w[1], v.y, sum);
+      sum = __fmaf_rn(w[2], v.z, sum);
+      sum = __fmaf_rn(w[3], v.w, sum);
+    }
+  }
+  if constexpr (kGroups == Groups::kFlat) {
+    if constexpr (kLast) {
+#pragma unroll
+      for (int j = 0; j < kLaneRows; ++j) {
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token) totals[j][token] += sums[j][token];
+      }
+    }
+  } else if (kLast || (kGroups == Groups::kSteps && (p.group_ends >> kStep & 1) != 0)) {
+    const float4 v = *unit.scales;
+    unit.scales += layout::kLanes / 4;
+    const float scale[kLaneRows] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        totals[j][token] = __fmaf_rn(sums[j][token], scale[j], totals[j][token]);
+        sums[j][token] = 0.0f;
+      }
+    }
+  }
+  if constexpr (!kLast) multiply_steps<Codes, kTokens, kGroups, kStep + 1>(p, unit, lane, sums, totals);
+}
+
+// ---- sums
+
+// Adds the four lanes of a quad: lane t keeps the sums of one of its rows, whose number in the unit is returned.
+template <int kTokens>
+__device__ __forceinline__ int add_quad(const float (&totals)[kLaneRows][kTokens], int lane,
+                                        float (&row_sums)[kTokens]) {
+  const bool upper = lane % 2 != 0, odd = lane / 2 % 2 != 0;
+  float pairs[2][kTokens];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      const float other = __shfl_xor_sync(kAll, upper ? totals[j][token] : totals[j + 2][token], 1);
+      pairs[j][token] = (upper ? totals[j + 2][token] : totals[j][token]) + other;
+    }
+  }
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) {
+    const float other = __shfl_xor_sync(kAll, odd ? pairs[0][token] : pairs[1][token], 2);
+    row_sums[token] = (odd ? pairs[1][token] : pairs[0][token]) + other;
+  }
+  return (upper * 2 + odd) * 8 + lane / kQuad;
+}
+
+__device__ __forceinline__ void store_output(const Params& p, int64_t token, int64_t n, float value) {
+  if (token >= p.m || n >= p.weight.n) return;
+  if (p.bias != nullptr) value += load_float(p.bias, n, p.dtype);
+  store_float(p.y, token * p.ldy + n, p.dtype, value);
+}
+
+template <class Codes, int kTokens, Groups kGroups>
+__global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = threadIdx.x % layout::kLanes, warp = threadIdx.x / layout::kLanes;
+  const int cluster = p.plan.cluster, rank = static_cast<int>(blockIdx.x) & (cluster - 1);
+  const unsigned tile = blockIdx.x >> p.cluster_shift, token_tiles = static_cast<unsigned>(p.plan.token_tiles);
+  const int64_t row_tile = tile / token_tiles, first_token = int64_t{tile % token_tiles} * kTokens;
+  const int row_warp = warp & (p.plan.row_warps - 1), k_warps = p.plan.k_warps(), k_warp = warp / p.plan.row_warps;
+  const int64_t row = (row_tile * p.plan.row_warps + row_warp) * kSimtUnitRows;
+  const int begin = static_cast<int>(int64_t{p.blocks} * rank >> p.cluster_shift);
+  const int last = static_cast<int>(int64_t{p.blocks} * (rank + 1) >> p.cluster_shift);
+  const int end = row < p.weight.n ? last : begin;  // warps beyond N have no blocks
+
+  // Nothing of the weight was written by the kernel before: request it at once.
+  launch_dependents();
+  uint8_t* const memory = shared + p.warps + warp * p.memory.bytes;
+  const UnitSource<Codes, kGroups> source(p, row, lane);
+#pragma unroll 1
+  for (int i = 0; i < kStages<Codes>; ++i) {
+    const int block = begin + k_warp + i * k_warps;
+    if (block < end) source.request(p, memory + i * p.memory.stage_bytes, block, lane);
+    copy_async_commit();
+  }
+  float* const map = reinterpret_cast<float*>(shared + p.map);
+  if constexpr (Codes::kIsCodebook) {
+    const float* device = p.codebook.device;
+    const float value = lane < 1 << Codes::kBits ? (device != nullptr ? device[lane] : p.codebook.values[lane]) : 0.0f;
+    Codes::fill_table(shared, value, threadIdx.x, kThreads);
+  }
+  if (p.weight.scale_type == ScaleType::kNested) {
+    for (int i = threadIdx.x; i < kNestedMapSize; i += kThreads) map[i] = p.weight.nested_map[i];
+  }
+  wait_for_previous_kernel();
+
+  float* const x = reinterpret_cast<float*>(shared + p.x_shared);
+  const typename Codes::State state = Codes::state(shared, lane, p.weight.bias);
+  float totals[kLaneRows][kTokens] = {};
+  int stage = 0;
+  for (int chunk = begin; chunk < last; chunk += p.plan.chunk_blocks) {
+    const int chunk_end = min(chunk + p.plan.chunk_blocks, last);
+    if (chunk != begin) __syncthreads();  // the last chunk was read
+    load_x<kTokens>(p, x, first_token, chunk, chunk_end - chunk);
+    __syncthreads();
+    for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
+      uint8_t* const stored = memory + stage * p.memory.stage_bytes;
+      copy_async_wait<kStages<Codes> - 1>();
+      __syncwarp();
+      if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values(p, memory, stored, map, lane);
+      Unit<Codes> unit;
+      for (int atom = 0; atom < kSimtUnitAtoms; ++atom) {
+        unit.words[atom].load(stored + atom * layout::atom_bytes(Codes::kBits), lane);
+      }
+      unit.x =
+          reinterpret_cast<const float4*>(x) + (block - chunk) * (layout::kBlockK * kTokens / kLaneK) + lane % kQuad;
+      unit.state = state;
+      unit.row = row;
+      unit.block = block;
+      const auto values = [&](const uint8_t* of) { return reinterpret_cast<const float4*>(of) + lane / kQuad; };
+      unit.scales = values(p.memory.decoded_scales != 0 ? memory + p.memory.decoded_scales : stored + p.memory.scales);
+      unit.zeros = values(memory + p.memory.decoded_zeros);
+      float sums[kLaneRows][kTokens];
+      multiply_steps<Codes, kTokens, kGroups>(p, unit, lane, sums, totals);
+      __syncwarp();  // the stage was read
+      const int next = block + kStages<Codes> * k_warps;
+      if (next < end) source.request(p, stored, next, lane);
+      copy_async_commit();
+      stage = stage + 1 < kStages<Codes> ? stage + 1 : 0;
+    }
+  }
+  copy_async_wait<0>();
+
+  // Over x, [k warp][token][row of the tile]; then the thread block's sums, [token][row].
+  const int tile_rows = p.plan.tile_rows(), count = kTokens * tile_rows;
+  float row_sums[kTokens];
+  const int row_in_unit = add_quad<kTokens>(totals, lane, row_sums);
+  __syncthreads();
+  for (int token = 0; token < kTokens; ++token) {
+    x[(k_warp * kTokens + token) * tile_rows + row_warp * kSimtUnitRows + row_in_unit] = row_sums[token];
+  }
+  __syncthreads();
+  float* const block_sums = x + k_warps * count;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    float sum = x[i];
+    for (int part = 1; part < k_warps; ++part) sum += x[part * count + i];
+    if (cluster == 1) {
+      store_output(p, first_token + i / tile_rows, row_tile * tile_rows + i % tile_rows, sum);
+    } else {
+      block_sums[i] = sum;
+    }
+  }
+  if (cluster == 1) return;
+  cluster_sync();
+  for (int i = rank * kThreads + threadIdx.x; i < count; i += cluster * kThreads) {
+    float sum = 0.0f;
+    for (int part = 0; part < cluster; ++part) sum += load_from_cta(block_sums + i, part);
+    store_output(p, first_token + i / tile_rows, row_tile * tile_rows + i % tile_rows, sum);
+  }
+  cluster_wait_for_all();  // the others read this one's shared memory
+}
+
+// ---- launches
+
+constexpr int kMaxTokens = 8;
+// Of sums at the end: those of all warps, then those of the thread block.
+constexpr int sum_bytes(int tokens, int tile_rows) {
+  return tokens * (kSimtWarps * kSimtUnitRows + tile_rows) * static_cast<int>(sizeof(float));
+}
+constexpr int kNestedMapBytes = kNestedMapSize * static_cast<int>(sizeof(float));
+// x in shared memory, at most: a batch of load_x, so that its latency is paid once.
+constexpr int kXBytes = 16 << 10;
+
+template <class Codes, int kTokens, Groups kGroups>
+const char* run(const GemmProblem& problem) {
+  const Weight& w = problem.weight;
+  const DeviceProperties& device = device_properties();
+  const int64_t packed_groups = layout::packed_groups(w.k, w.group_size);
+  Params p{};
+  p.weight = w;
+  p.codebook = codebook_of(w);
+  p.x = problem.x;
+  p.y = problem.y;
+  p.bias = problem.bias;
+  p.ldx = problem.ldx;
+  p.ldy = problem.ldy;
+  p.m = problem.m;
+  p.dtype = problem.dtype;
+  p.x_pairs = w.k % 2 == 0 && problem.ldx % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(problem.x) % (2 * size_of(problem.dtype)) == 0;
+  p.blocks = static_cast<int>(layout::blocks_along_k(w.k));
+  // Group sizes other than K are powers of two; with one group, every k is in group 0.
+  while (p.group_shift < 31 && (packed_groups == 1 && !w.flat_scales || int64_t{2} << p.group_shift <= w.group_size)) {
+    ++p.group_shift;
+  }
+  p.groups = kGroups == Groups::kSteps ? static_cast<int>(layout::kBlockK / w.group_size) : 1;
+  p.row_groups = w.groups();
+  p.packed_groups = packed_groups;
+  p.group_ends = p.groups == 1 ? 0b1000u : p.groups == 2 ? 0b1010u : 0b1111u;
+  p.memory = warp_memory(w, p.groups, kStages<Codes>);
+  p.map = Codes::kTableBytes;
+  p.warps = p.map + (w.scale_type == ScaleType::kNested ? kNestedMapBytes : 0);
+  p.x_shared = p.warps + kSimtWarps * p.memory.bytes;
+  p.plan = plan_simt(problem.m, w.n, w.k, kTokens, std::min(kXBytes, device.shared_bytes - p.x_shared), device.sms,
+                     device.clusters);
+  while (1 << p.cluster_shift < p.plan.cluster) ++p.cluster_shift;
+  const int x_bytes = p.plan.chunk_blocks * layout::kBlockK * kTokens * static_cast<int>(sizeof(float));
+  const int shared_bytes = p.x_shared + std::max(x_bytes, sum_bytes(kTokens, p.plan.tile_rows()));
+  if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
+  if (p.plan.thread_blocks() > INT32_MAX) return "simt: too many thread blocks";
+  return launch<simt_kernel<Codes, kTokens, kGroups>>(
+      {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
+       problem.programmatic_launch && device.clusters, problem.stream},
+      p);
+}
+
+template <class Codes, Groups kGroups>
+const char* run_groups(const GemmProblem& p) {
+  // Eight tokens may take more shared memory than sm_86 and sm_89 have, 99 KB.
+  constexpr int kSharedForAll = 128 << 10;
+  if (p.m == 1) return run<Codes, 1, kGroups>(p);
+  if constexpr (kGroups == Groups::kWhole) {
+    if (p.m == 2) return run<Codes, 2, kGroups>(p);
+  }
+  if (p.m <= 4 || device_properties().shared_bytes < kSharedForAll) return run<Codes, 4, kGroups>(p);
+  return run<Codes, kMaxTokens, kGroups>(p);
+}
+
+template <class Codes>
+const char* run_codes(const GemmProblem& p) {
+  if constexpr (Codes::kIsCodebook) {
+    // Rare: blocks of a codebook format across row ends.
+    if (p.weight.flat_scales) return run<Codes, kMaxTokens, Groups::kFlat>(p);
+  }
+  const bool whole = p.weight.group_size >= layout::kBlockK || p.weight.groups() == 1;
+  return whole ? run_groups<Codes, Groups::kWhole>(p) : run_groups<Codes, Groups::kSteps>(p);
+}
+
+const char* simt_gemm(const GemmProblem& p) {
+  const Weight& w = p.weight;
+  const bool zeros = w.zero_type != ZeroType::kNone;
+  if (!w.is_codebook && w.bits == 4) {
+    return zeros ? run_codes<IntegerCodes<4, true>>(p) : run_codes<IntegerCodes<4, false>>(p);
+  }
+  if (!w.is_codebook) return run_codes<IntegerCodes<8, false>>(p);
+  switch (w.bits) {
+    case 2:
+      return run_codes<CodebookCodes<2>>(p);
+    case 3:
+      return run_codes<CodebookCodes<3>>(p);
+    case 4:
+      return run_codes<CodebookCodes<4>>(p);
+    default:
+      return run_codes<CodebookCodes<5>>(p);
+  }
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % layout::kMaxPieceBytes == 0; }
+
+template <DType kDType>
+bool simt_supports(const GemmProblem& p) {
+  const bool int8_zeros = p.weight.bits == 8 && p.weight.zero_type != ZeroType::kNone;  // no format has them
+  return p.dtype == kDType && !int8_zeros && is_aligned(p.weight.codes) && is_aligned(p.weight.scales) &&
+         is_aligned(p.weight.zeros);
+}
+
+}  // namespace
+}  // namespace cuda
+
+// One kernel: the types of x and y are known at run time. Three names, so that a table can tell them apart.
+extern const Instance cuda_simt_fp32;
+extern const Instance cuda_simt_fp16;
+extern const Instance cuda_simt_bf16;
+const Instance cuda_simt_fp32 = {
+    "cuda_simt_fp32", Device::kCuda,    Family::kSimt, &cuda::device_available, &cuda::simt_supports<DType::kFp32>,
+    nullptr,          &cuda::simt_gemm, nullptr};
+const Instance cuda_simt_fp16 = {
+    "cuda_simt_fp16", Device::kCuda,    Family::kSimt, &cuda::device_available, &cuda::simt_supports<DType::kFp16>,
+    nullptr,          &cuda::simt_gemm, nullptr};
+const Instance cuda_simt_bf16 = {
+    "cuda_simt_bf16", Device::kCuda,    Family::kSimt, &cuda::device_available, &cuda::simt_supports<DType::kBf16>,
+    nullptr,          &cuda::simt_gemm, nullptr};
+
+}  // namespace cutlass_ext

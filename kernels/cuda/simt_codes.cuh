@@ -1,0 +1,254 @@
+// Codes to fp32 for the simt family: what a lane holds of an atom, and the eight weights of one k16 step.
+//
+// Codebooks: a lookup in shared memory. A pair of codes indexes a table of value pairs (up to 4 bits: 4^bits entries),
+// so that one 64-bit load decodes two weights; every half-warp lane has its own copy (128 bytes an entry), so no two
+// lanes of a load meet in a bank. 5-bit codes would take 128 KB that way: they are looked up one by one, a copy per
+// lane. Integers: the code becomes the mantissa of 2^23.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/layout.hpp"
+
+namespace cutlass_ext::cuda {
+
+// Words of a lane's 32 codes, plane by plane.
+template <int kBits>
+struct LaneWords {
+  static constexpr layout::Planes kPlanes = layout::planes_of(kBits);
+  uint32_t low[kPlanes.bits[0]];
+  uint32_t high[kPlanes.count == 2 ? kPlanes.bits[1] : 1];
+
+  // `atom`: in shared memory.
+  __device__ __forceinline__ void load(const uint8_t* atom, int lane) {
+    load_plane<kPlanes.bits[0]>(low, atom, lane);
+    if constexpr (kPlanes.count == 2) {
+      load_plane<kPlanes.bits[1]>(high, atom + layout::kLanes * 4 * kPlanes.bits[0], lane);
+    }
+  }
+
+ private:
+  template <int kPlaneBits>
+  __device__ __forceinline__ static void load_plane(uint32_t* words, const uint8_t* plane, int lane) {
+    if constexpr (kPlaneBits == 1) {
+      words[0] = *reinterpret_cast<const uint32_t*>(plane + lane * 4);
+    } else if constexpr (kPlaneBits == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(plane + lane * 8);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+#pragma unroll
+      for (int piece = 0; piece < kPlaneBits / 4; ++piece) {
+        const uint4 v = *reinterpret_cast<const uint4*>(plane + (piece * layout::kLanes + lane) * 16);
+        words[4 * piece] = v.x, words[4 * piece + 1] = v.y, words[4 * piece + 2] = v.z, words[4 * piece + 3] = v.w;
+      }
+    }
+  }
+};
+
+// Position of a code among the words of a plane.
+struct WordPosition {
+  int word;
+  int bit;
+};
+
+constexpr WordPosition word_position(int plane_bits, layout::CodeOrder order, int step, int value) {
+  const int index = step * layout::kCodesPerStep + value, per_word = 32 / plane_bits, in_word = index % per_word;
+  return {index / per_word,
+          order == layout::CodeOrder::kPairs ? plane_bits * in_word : plane_bits * (in_word / 2) + 16 * (in_word % 2)};
+}
+
+// LaneWords and word_position say where kernels/layout.hpp puts the codes.
+constexpr bool words_match_layout(int bits, layout::CodeOrder order) {
+  const layout::Planes planes = layout::planes_of(bits);
+  int base = 0;
+  for (int plane = 0; plane < planes.count; ++plane) {
+    const int p = planes.bits[plane], piece_words = p < 4 ? p : 4;
+    for (int lane = 0; lane < layout::kLanes; ++lane) {
+      for (int index = 0; index < layout::kCodesPerLane; ++index) {
+        const layout::Fragment f{lane, index / layout::kCodesPerStep, index % layout::kCodesPerStep};
+        const WordPosition at = word_position(p, order, f.step, f.value);
+        const int byte = base + (at.word / piece_words * layout::kLanes + lane) * piece_words * 4 +
+                         at.word % piece_words * 4 + at.bit / 8;
+        const layout::BitAddress expected = layout::plane_address(f, bits, plane, order);
+        if (expected.byte != byte || expected.shift != at.bit % 8) return false;
+      }
+    }
+    base += layout::kLanes * 4 * p;
+  }
+  return true;
+}
+
+// Where the lookup table stands in a thread block's shared memory, so that a lookup needs no addition: dynamic shared
+// memory starts there (the first kilobyte is the system's). In a cluster the block's rank stands in bits 24 and up.
+constexpr uint32_t kTableAddress = 1024;
+
+// What a lane adds to every lookup: its block's part of the shared addresses and its copy of the table.
+__device__ __forceinline__ uint32_t table_lane(const void* shared, uint32_t copy_offset) {
+  const uint32_t window = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) - kTableAddress;
+  if ((window & 0xFFFFFFu) != 0) __trap();
+  return window | copy_offset;
+}
+
+// Reads a table that was complete before the last barrier: the compiler may move and merge the loads.
+__device__ __forceinline__ float2 table_pair(uint32_t offset) {
+  float2 v;
+  asm("ld.shared.v2.f32 {%0, %1}, [%2 + %3];" : "=f"(v.x), "=f"(v.y) : "r"(offset), "n"(kTableAddress));
+  return v;
+}
+
+__device__ __forceinline__ float table_value(uint32_t offset) {
+  float v;
+  asm("ld.shared.f32 %0, [%1 + %2];" : "=f"(v) : "r"(offset), "n"(kTableAddress));
+  return v;
+}
+
+// A field of kWidth bits moved from bit kFrom to bit kTo; all else zero.
+template <int kFrom, int kWidth, int kTo>
+__device__ __forceinline__ uint32_t move_field(uint32_t word) {
+  constexpr uint32_t kMask = ((1u << kWidth) - 1u) << kTo;
+  if constexpr (kFrom >= kTo) {
+    return word >> (kFrom - kTo) & kMask;
+  } else {
+    return word << (kTo - kFrom) & kMask;
+  }
+}
+
+template <int kBits_>
+struct CodebookCodes {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kIsCodebook = true;
+  static constexpr bool kZeros = false;
+  static constexpr bool kPairTable = kBits <= 4;
+  static constexpr int kEntries = kPairTable ? 1 << 2 * kBits : 1 << kBits;
+  static constexpr int kEntryBytes = 128;
+  static constexpr int kTableBytes = kEntries * kEntryBytes;
+  static constexpr auto kOrder = layout::CodeOrder::kPairs;
+  static_assert(words_match_layout(kBits, kOrder));
+  using Words = LaneWords<kBits>;
+
+  // All threads of the block. `value`: the codebook's entry number `lane`.
+  __device__ __forceinline__ static void fill_table(uint8_t* table, float value, int thread, int threads) {
+    constexpr uint32_t kAll = 0xFFFFFFFFu;
+    constexpr int kPieces = kTableBytes / 16;  // a multiple of the threads
+    for (int i = thread; i < kPieces; i += threads) {
+      const int entry = i / (kEntryBytes / 16);
+      const float first = __shfl_sync(kAll, value, kPairTable ? code_of(entry, 0) : entry);
+      const float second = kPairTable ? __shfl_sync(kAll, value, code_of(entry, 1)) : first;
+      reinterpret_cast<float4*>(table)[i] = make_float4(first, second, first, second);
+    }
+  }
+
+  // What decoding needs beside the codes: here, the table's lane part.
+  using State = uint32_t;
+  __device__ __forceinline__ static State state(const void* table, int lane, int) {
+    return table_lane(table, kPairTable ? lane % 16 * 8 : lane * 4);
+  }
+
+  // The weights of a step: [row g, row g + 8][k = 2t, 2t + 1, 2t + 8, 2t + 9].
+  template <int kStep>
+  __device__ __forceinline__ static void decode(const Words& words, uint32_t lane, float (&weights)[2][4]) {
+    decode_pairs<kStep, 0>(words, lane, weights);
+  }
+
+ private:
+  static constexpr int kLow = Words::kPlanes.bits[0];
+  static constexpr int kHigh = Words::kPlanes.bits[1];  // 0: one plane
+  static constexpr int kShift = 7;                      // log2(kEntryBytes)
+
+  // An entry of the pair table is the two low fields, then the two high ones.
+  __device__ __forceinline__ static int code_of(int entry, int which) {
+    const int low = entry >> (which * kLow) & ((1 << kLow) - 1);
+    const int high = entry >> (2 * kLow + which * kHigh) & ((1 << kHigh) - 1);
+    return low | high << kLow;
+  }
+
+  template <int kStep, int kPair>
+  __device__ __forceinline__ static void decode_pairs(const Words& words, uint32_t lane, float (&weights)[2][4]) {
+    if constexpr (kPair < layout::kCodesPerStep / 2) {
+      float* const out = weights[kPair % 2] + kPair / 2 * 2;
+      if constexpr (kPairTable) {
+        constexpr WordPosition kAt = word_position(kLow, kOrder, kStep, 2 * kPair);
+        uint32_t offset = move_field<kAt.bit, 2 * kLow, kShift>(words.low[kAt.word]);
+        if constexpr (kHigh != 0) {
+          constexpr WordPosition kAtHigh = word_position(kHigh, kOrder, kStep, 2 * kPair);
+          offset |= move_field<kAtHigh.bit, 2 * kHigh, kShift + 2 * kLow>(words.high[kAtHigh.word]);
+        }
+        offset |= lane;
+        const float2 v = table_pair(offset);
+        out[0] = v.x, out[1] = v.y;
+      } else {
+        out[0] = lookup<kStep, 2 * kPair>(words, lane);
+        out[1] = lookup<kStep, 2 * kPair + 1>(words, lane);
+      }
+      decode_pairs<kStep, kPair + 1>(words, lane, weights);
+    }
+  }
+
+  template <int kStep, int kValue>
+  __device__ __forceinline__ static float lookup(const Words& words, uint32_t lane) {
+    constexpr WordPosition kAt = word_position(kLow, kOrder, kStep, kValue);
+    constexpr WordPosition kAtHigh = word_position(kHigh, kOrder, kStep, kValue);
+    const uint32_t offset = move_field<kAt.bit, kLow, kShift>(words.low[kAt.word]) |
+                            move_field<kAtHigh.bit, kHigh, kShift + kLow>(words.high[kAtHigh.word]) | lane;
+    return table_value(offset);
+  }
+};
+
+// kZeros_: a zero point is subtracted later; else the bias is, here.
+template <int kBits_, bool kZeros_>
+struct IntegerCodes {
+  static constexpr int kBits = kBits_;
+  static constexpr bool kIsCodebook = false;
+  static constexpr bool kZeros = kZeros_;
+  static constexpr int kTableBytes = 0;
+  static constexpr auto kOrder = layout::CodeOrder::kHalves;
+  static_assert(kBits == 4 || kBits == 8);
+  static_assert(words_match_layout(kBits, kOrder));
+  using Words = LaneWords<kBits>;
+
+  __device__ __forceinline__ static void fill_table(uint8_t*, float, int, int) {}
+
+  // Code c at bit b of the mantissa of 2^23 is 2^23 + c * 2^b, so (value * 2^-b) - (2^23 * 2^-b + bias) is what it
+  // stands for; `offsets` has the second terms, for b = 0, 4, 8, 12.
+  struct State {
+    float offsets[kBits == 4 ? 4 : 1];
+    uint32_t magic;
+  };
+  __device__ __forceinline__ static State state(const void*, int, int bias) {
+    State state;
+    for (int i = 0; i < (kBits == 4 ? 4 : 1); ++i) {
+      state.offsets[i] = 0x1p23f / static_cast<float>(1 << 4 * i) + static_cast<float>(kZeros ? 0 : bias);
+    }
+    // Opaque, so that it stays in a register: of a LOP3's operands only one may be a constant.
+    asm volatile("mov.b32 %0, 0x4B000000;" : "=r"(state.magic));
+    return state;
+  }
+
+  // Exact.
+  template <int kStep>
+  __device__ __forceinline__ static void decode(const Words& words, const State& state, float (&weights)[2][4]) {
+    decode_values<kStep, 0>(words, state, weights);
+  }
+
+ private:
+  template <int kStep, int kValue>
+  __device__ __forceinline__ static void decode_values(const Words& words, const State& state, float (&weights)[2][4]) {
+    if constexpr (kValue < layout::kCodesPerStep) {
+      constexpr WordPosition kAt = word_position(kBits, kOrder, kStep, kValue);
+      const uint32_t word = words.low[kAt.word];
+      float& out = weights[kValue / 2 % 2][kValue % 2 + kValue / 4 * 2];
+      if constexpr (kBits == 8) {
+        out = __uint_as_float(__byte_perm(word, state.magic, 0x7440 | kAt.bit / 8)) - state.offsets[0];
+      } else {
+        // The upper half-word's codes come down first: theirs would reach into the exponent.
+        constexpr int kBit = kAt.bit % 16;
+        const uint32_t half = kAt.bit < 16 ? word : word >> 16;
+        out = __fmaf_rn(__uint_as_float((half & 0xFu << kBit) | state.magic), 1.0f / (1 << kBit),
+                        -state.offsets[kBit / 4]);
+      }
+      decode_values<kStep, kValue + 1>(words, state, weights);
+    }
+  }
+};
+
+}  // namespace cutlass_ext::cuda
