@@ -31,8 +31,9 @@ def _require_operators(*names: str) -> None:
     )
 
 
-def _require_half(source: Source) -> None:
-    require(source.dtype in (torch.float16, torch.bfloat16), "its activations are fp16 or bf16")
+def _require_bf16(source: Source) -> None:
+    # vLLM 0.25.1 on an H200, fp16: one of these two did not return (2026-11-21; not looked into).
+    require(source.dtype is torch.bfloat16, "it is measured with bf16 activations only")
 
 
 def _gptq_codes(weight: QuantizedWeight) -> torch.Tensor:
@@ -52,7 +53,7 @@ class Marlin(Provider):
 
     def build(self, source: Source) -> Operand:
         _require_operators("gptq_marlin_repack", "marlin_gemm")
-        _require_half(source)
+        _require_bf16(source)
         n, k = source.n, source.k
         require(n % 64 == 0 and k % 128 == 0, "N must be a multiple of 64, and K of 128")
         weight = peer_weight(source)
@@ -96,7 +97,7 @@ class Machete(Provider):
 
     def build(self, source: Source) -> Operand:
         _require_operators("machete_prepack_B", "machete_mm")
-        _require_half(source)
+        _require_bf16(source)
         require(torch.cuda.get_device_capability()[0] == 9, "it is for sm_90")
         require(source.n % 128 == 0 and source.k % 64 == 0, "N must be a multiple of 128, and K of 64")
         weight = peer_weight(source)
