@@ -1,6 +1,6 @@
 # make run   quantize a real model and run it        make test   all tests
 # make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
-# make bench the CPU benchmark of docs/performance.md
+# make bench a short benchmark, on the GPU if there is one
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

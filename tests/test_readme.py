@@ -35,7 +35,7 @@ def test_command_lines(tmp_path: Path) -> None:
     assert [line[0] for line in lines] == ["quantize", "verify", "info", "bench"]
     for line in lines:
         if line[0] == "bench":
-            line = ["bench", "--shape", "128x256", "--m", "1", "--seconds", "0.05"]
+            line = ["bench", "--device", "cpu", "--shape", "128x256", "--m", "1", "--seconds", "0.05"]
         command = [sys.executable, "-m", "pyquant", *line]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

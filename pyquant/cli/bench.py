@@ -1,110 +1,187 @@
-"""``pyquant bench``: GEMM times on this machine, beside torch's own."""
+"""``pyquant bench``: GEMM times on this machine, on the CPU beside torch's own, on a GPU beside other libraries."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 
-from ..bench import Measurement, Problem, measure, operator_overhead
-from .output import print_json, print_table, progress
+from ..bench.format_spec import FormatSpec, parse_format_spec
+from ..bench.problem import DTYPES, Problem
+from ..bench.providers import DEFAULT_NAMES, NAMES
+from ..bench.shapes_file import read_shapes
+from .params import CommaList, Format, Shape, flatten
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Shape(click.ParamType):
-    name = "NxK"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        n, _, k = str(value).partition("x")
-        if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0):
-            self.fail(f"expected NxK such as 4096x4096, got {value!r}", param, ctx)
-        return int(n), int(k)
-
-
-def _row(m: Measurement, base: float) -> dict[str, object]:
-    p = m.problem
-    return {
-        "provider": m.provider,
-        "m": p.m,
-        "n": p.n,
-        "k": p.k,
-        "dtype": str(p.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "median_ms": round(m.median * 1e3, 4),
-        "best_ms": round(m.best * 1e3, 4),
-        "gflops": round(p.flops / m.median / 1e9, 1),
-        "speedup_over_f_linear": round(base / m.median, 2),
-    }
+_SHAPES = [(4096, 4096)]
+_TOKENS = {"cpu": [1, 4, 16, 64, 256], "cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+_FORMATS = {"cpu": ("nf4", "nf4-nested", "int4"), "cuda": ("nf4", "nf4-nested", "int4-g128")}
+# Options that decide the device if --device does not.
+_CPU_ONLY = ("threads", "seconds", "overhead")
+_GPU_ONLY = ("provider_names", "instances", "pdl", "do_bench", "sites", "libraries", "plot_path")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.option("--shape", "shapes", type=_Shape(), multiple=True, default=("4096x4096",), show_default=True,
-              help="N x K of the weight; repeatable.")  # fmt: skip
-@click.option("--m", "tokens", type=click.IntRange(min=1), multiple=True, default=(1, 4, 16, 64, 256),
-              show_default=True, help="Tokens; repeatable.")  # fmt: skip
-@click.option("--format", "formats", multiple=True, default=("nf4", "nf4-nested", "int4"), show_default=True,
-              help="A format name, or one with -nested; repeatable.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True, help="Of x and y.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default if not given.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="cuda if there is a GPU, else cpu.")
+@click.option("--shape", "shape_lists", type=CommaList(Shape()), multiple=True,
+              help="N x K of the weight; repeatable. Default: 4096x4096.")  # fmt: skip
+@click.option("--shapes", "shapes_file", type=_FILE,
+              help='JSON: {"models": {name: [[N, K], ...]}}; its "m" is the default of --m.')  # fmt: skip
+@click.option("--m", "token_lists", type=CommaList(click.IntRange(min=1)), multiple=True,
+              help="Tokens; repeatable. Default: 1 to 256.")  # fmt: skip
+@click.option("--format", "format_lists", type=CommaList(Format()), multiple=True,
+              help="name[-gN][-nested], such as nf4, int4-g128, nf4-nested; repeatable. "
+              "Default: nf4, nf4-nested and int4, on a GPU int4-g128.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of x and y.")
 @click.option("--hot", is_flag=True, help="Use one copy of the weight, so that it may stay in the cache.")
-@click.option("--seconds", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
-              help="Time for each provider of each row.")  # fmt: skip
-@click.option("--overhead", is_flag=True, help="Measure the host's cost of a call instead.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU: threads; torch's default if not given.")
+@click.option("--seconds", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
+              help="CPU: time for each provider of each row.")  # fmt: skip
+@click.option("--overhead", is_flag=True, help="CPU: measure the host's cost of a call instead.")
+@click.option("--provider", "provider_names", type=CommaList(click.Choice([*NAMES, "all"])), multiple=True,
+              metavar="NAME[,...]", help=f"GPU: who is measured: {', '.join(NAMES)}, or all; repeatable. Default: "
+              "all but those that compile or tune for seconds.")  # fmt: skip
+@click.option("--instances", is_flag=True, help="GPU: measure every kernel instance of pyquant's.")
+@click.option("--pdl", is_flag=True, help="GPU: measure pyquant with programmatic dependent launch as well.")
+@click.option("--do-bench", is_flag=True, help="GPU: also report triton.testing.do_bench.")
+@click.option("--site", "sites", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True,
+              help="GPU: a folder with other libraries' packages; repeatable.")  # fmt: skip
+@click.option("--load-library", "libraries", type=_FILE, multiple=True,
+              help="GPU: an operator library to load, such as vLLM's _C; repeatable.")  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="GPU: draw the rows into this file (.png, .svg, .pdf).")  # fmt: skip
+@click.option("--from-csv", type=_FILE, help="Measure nothing; print and plot the rows of this file of --csv.")
+@click.pass_context
 def bench(
-    shapes: tuple[tuple[int, int], ...],
-    tokens: tuple[int, ...],
-    formats: tuple[str, ...],
+    ctx: click.Context,
+    device: str | None,
+    shape_lists: tuple[tuple[tuple[int, int], ...], ...],
+    shapes_file: Path | None,
+    token_lists: tuple[tuple[int, ...], ...],
+    format_lists: tuple[tuple[FormatSpec, ...], ...],
     dtype: str,
-    threads: int | None,
     hot: bool,
-    seconds: float,
-    overhead: bool,
     csv_path: Path | None,
     as_json: bool,
+    threads: int | None,
+    seconds: float,
+    overhead: bool,
+    provider_names: tuple[tuple[str, ...], ...],
+    instances: bool,
+    pdl: bool,
+    do_bench: bool,
+    sites: tuple[Path, ...],
+    libraries: tuple[Path, ...],
+    plot_path: Path | None,
+    from_csv: Path | None,
 ) -> None:
-    """Time y = x @ W^T on the CPU: pyquant's formats, F.linear on the dequantized weight, dequantize + F.linear,
-    and torch's int4pack kernel, in turns on the same data.
+    """Time y = x @ W^T.
+
+    On the CPU: pyquant's formats, F.linear on the dequantized weight, dequantize + F.linear, and torch's int4pack
+    kernel, in turns on the same data.
+
+    On a GPU: in CUDA graphs, every call on another copy of the weight (cold L2), pyquant's formats beside cuBLAS,
+    other libraries where they are installed, and the time that only reading the weight takes (the floor). Every y
+    of pyquant's is checked; exit code 1 if one is incorrect. docs/performance.md says what the columns mean.
 
     \b
     Examples:
       pyquant bench
       pyquant bench --shape 4096x14336 --m 1 --m 64 --dtype fp32 --threads 1
       pyquant bench --overhead
+      pyquant bench --device cuda --shape 4096x4096,8192x8192 --m 1,2,4,8,16 --csv h200.csv --plot h200.png
+      pyquant bench --from-csv h200.csv --plot h200.png
     """
+    if from_csv:
+        _only(ctx, "from_csv", ("plot_path", "as_json"))
+        _print_file(from_csv, plot_path, as_json)
+        return
+    device = _device(ctx, device)
+    if overhead:
+        from .bench_cpu import run_overhead
+
+        _set_threads(threads)
+        run_overhead(as_json)
+        return
+    shapes, file_tokens = read_shapes(shapes_file) if shapes_file else ([], [])
+    shapes = list(dict.fromkeys([*flatten(shape_lists), *shapes])) or _SHAPES
+    tokens = flatten(token_lists) or file_tokens or _TOKENS[device]
+    formats = flatten(format_lists) or [parse_format_spec(text) for text in _FORMATS[device]]
+    if csv_path and not csv_path.absolute().parent.is_dir():
+        raise click.BadParameter(f"{csv_path.parent}: expected a folder", ctx, param_hint="--csv")
+    if device == "cpu":
+        from .bench_cpu import run_cpu
+
+        _set_threads(threads)
+        problems = [Problem(m, n, k, DTYPES[dtype]) for n, k in shapes for m in tokens]
+        run_cpu(problems, formats, cold=not hot, seconds=seconds, csv_path=csv_path, as_json=as_json)
+        return
+    from ..bench.gpu import Plan
+    from ..bench.plot import require_matplotlib
+    from ..bench.providers import Unavailable, select
+    from .bench_gpu import add_peers, run_gpu
+
+    if plot_path:
+        require_matplotlib()  # before the measurement, not after
+    add_peers(sites, libraries)
+    names = flatten(provider_names) or list(DEFAULT_NAMES)
+    names = list(NAMES) if "all" in names else names
+    try:
+        providers = select(names, formats, dtype, instances=instances, pdl=pdl)
+    except Unavailable as error:
+        raise click.ClickException(f"--instances: {error}") from error
+    plan = Plan(shapes, tokens, DTYPES[dtype], providers, cold=not hot, do_bench=do_bench)
+    run_gpu(plan, csv_path=csv_path, plot_path=plot_path, as_json=as_json)
+
+
+def _print_file(path: Path, plot_path: Path | None, as_json: bool) -> None:
+    from ..bench.rows import read_csv
+    from .bench_gpu import report
+
+    report(read_csv(path), plot_path=plot_path, as_json=as_json)
+
+
+def _set_threads(threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
-    if overhead:
-        ours, torchs = operator_overhead()
-        figures = {"pyquant.linear_us": round(ours * 1e6, 2), "F.linear_us": round(torchs * 1e6, 2)}
-        if as_json:
-            print_json(figures)
-        else:
-            print_table("Cost of a call on a 64 x 64 weight", ("call", "us"), list(figures.items()))
-        return
-    torch.manual_seed(0)
-    problems = [Problem(m, n, k, _DTYPES[dtype]) for n, k in shapes for m in tokens]
-    rows: list[dict[str, object]] = []
-    for problem in progress(problems, "measuring"):
-        measured = measure(problem, formats, cold=not hot, seconds=seconds)
-        base = next(m.median for m in measured if m.provider == "F.linear")
-        rows += [_row(m, base) for m in measured]
-    if csv_path:
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    if as_json:
-        print_json(rows)
-        return
-    for problem in problems:
-        mine = [r for r in rows if (r["m"], r["n"], r["k"]) == (problem.m, problem.n, problem.k)]
-        title = f"M={problem.m}, {problem.n} x {problem.k}, {dtype}, {torch.get_num_threads()} threads"
-        columns = ("provider", "median_ms", "best_ms", "gflops", "speedup_over_f_linear")
-        print_table(title, columns, [[r[c] for c in columns] for r in mine])
+
+
+def _device(ctx: click.Context, asked: str | None) -> str:
+    """Where to measure.
+
+    Raises:
+        click.UsageError: when options contradict each other, or there is no GPU for them.
+    """
+    of_cpu, of_gpu = _given(ctx, _CPU_ONLY), _given(ctx, _GPU_ONLY)
+    if of_cpu and of_gpu:
+        raise click.UsageError(f"{of_cpu[0]} is for the CPU, {of_gpu[0]} for a GPU", ctx)
+    device = asked or ("cpu" if of_cpu else "cuda" if of_gpu or torch.cuda.is_available() else "cpu")
+    wrong = of_gpu if device == "cpu" else of_cpu
+    if wrong:
+        raise click.UsageError(f"{wrong[0]} is not for --device {device}", ctx)
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "is built without CUDA" if torch.version.cuda is None else "finds none"
+        who = "--device cuda" if asked else of_gpu[0]
+        raise click.UsageError(f"{who} needs an NVIDIA GPU, and this torch {reason}", ctx)
+    return device
+
+
+def _only(ctx: click.Context, option: str, allowed: tuple[str, ...]) -> None:
+    """Raise UsageError if options other than ``option`` and ``allowed`` were given."""
+    others = _given(ctx, tuple(name for name in ctx.params if name not in (option, *allowed)))
+    if others:
+        raise click.UsageError(f"{others[0]} has no meaning with {_flag(ctx, option)}", ctx)
+
+
+def _given(ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+    """The flags of those parameters that were given on the command line."""
+    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [_flag(ctx, name) for name in given]
+
+
+def _flag(ctx: click.Context, name: str) -> str:
+    return next(p.opts[0] for p in ctx.command.params if p.name == name)

@@ -46,11 +46,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     console.print(table)
 
 
-def progress(items: Sequence[T], description: str) -> Iterator[T]:
-    """The items, with a progress bar on stderr if that is a terminal."""
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a progress bar on stderr if that is a terminal; ``total`` of them, unless they have a length."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, description=description)
+        yield from bar.track(items, total=total, description=description)
 
 
 def size(nbytes: float) -> str:

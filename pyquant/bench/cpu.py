@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .ops import linear
-from .quantize import quantize
-from .weight import PackedWeight
+from ..ops import linear
+from ..quantize import quantize
+from ..weight import PackedWeight
+from .format_spec import FormatSpec
+from .problem import Problem
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,20 +28,6 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 # core groups. Counted on 4-bit weights; 16-bit copies hold four times as much.
 COLD_BYTES = 96 << 20
 INT4PACK_GROUP = 64
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One GEMM: y[M, N] = x[M, K] @ W[N, K]^T."""
-
-    m: int
-    n: int
-    k: int
-    dtype: torch.dtype
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ def copies_for(problem: Problem, cold: bool) -> int:
     return max(2, -(-COLD_BYTES // (problem.n * problem.k // 2))) if cold else 1
 
 
-def providers(problem: Problem, formats: Sequence[str], copies: int) -> dict[str, list[Call]]:
+def providers(problem: Problem, formats: Sequence[FormatSpec], copies: int) -> dict[str, list[Call]]:
     """Every provider's call on each copy of the weight.
 
     ``F.linear`` reads the weight dequantized beforehand; ``dequantize + F.linear`` dequantizes in every call;
@@ -65,12 +53,11 @@ def providers(problem: Problem, formats: Sequence[str], copies: int) -> dict[str
     """
     w = torch.randn(problem.n, problem.k) * problem.k**-0.5
     calls: dict[str, list[Call]] = {}
-    for name in formats:
-        base, _, option = name.partition("-")
-        packed = quantize(w, base, nested=option == "nested").pack()
+    for spec in formats:
+        packed = spec.quantize(w).pack()
         weights = [packed.map_tensors(torch.clone) for _ in range(copies)]
-        calls[f"pyquant {name}"] = [_packed_call(p) for p in weights]
-        if base == formats[0].partition("-")[0] and not option:
+        calls[f"pyquant {spec}"] = [_packed_call(p) for p in weights]
+        if spec == formats[0]:
             calls["dequantize + F.linear"] = [_dequantized_call(p) for p in weights]
             # 16-bit and 32-bit copies exceed the cache with fewer of them.
             dense = [packed.dequantize(problem.dtype) for _ in range(max(1, copies // 4))]
@@ -107,7 +94,9 @@ def _int4pack_calls(problem: Problem, copies: int) -> list[Call]:
     return [call(packed.clone()) for _ in range(copies)]
 
 
-def measure(problem: Problem, formats: Sequence[str], *, cold: bool = True, seconds: float = 1.0) -> list[Measurement]:
+def measure(
+    problem: Problem, formats: Sequence[FormatSpec], *, cold: bool = True, seconds: float = 1.0
+) -> list[Measurement]:
     """Time all providers on one problem, in turns, for about ``seconds`` each; at least 7 rounds, or 2 if those would
     take more than four times as long."""
     x = torch.randn(problem.m, problem.k).to(problem.dtype)
