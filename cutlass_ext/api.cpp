@@ -7,6 +7,9 @@
 #include "cutlass_ext/pack.hpp"
 #include "cutlass_ext/quantize.hpp"
 #include "cutlass_ext/status.hpp"
+#ifdef CUTLASS_EXT_CUDA
+#include "kernels/cuda/read_floor.hpp"
+#endif
 
 namespace cutlass_ext {
 namespace {
@@ -153,6 +156,19 @@ cx_status cx_quantize_workspace(const cx_weight* weight, size_t* bytes) {
 }
 
 cx_status cx_quantize(const cx_quantize_args* args) { return quantize(__func__, args); }
+
+cx_status cx_read_floor(const void* data, size_t bytes, void* scratch, cx_device device, void* stream) {
+  Device checked;
+  CX_TRY(check_device(__func__, device, &checked));
+#ifdef CUTLASS_EXT_CUDA
+  if (checked == Device::kCuda) {
+    const char* error = cuda::read_floor(data, bytes, scratch, stream);
+    return error == nullptr ? CX_OK : fail(CX_INTERNAL, __func__, "CUDA reports: %s", error);
+  }
+#endif
+  (void)data, (void)bytes, (void)scratch, (void)stream;
+  return fail(CX_NOT_SUPPORTED, __func__, "device: expected CX_CUDA, got CX_CPU");
+}
 
 cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes) {
   GemmProblem problem;

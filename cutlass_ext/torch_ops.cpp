@@ -494,8 +494,17 @@ STABLE_TORCH_LIBRARY(pyquant, m) {
   m.def(
       "quantize(Tensor w, Tensor? codebook, Tensor? nested_map, int spec) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("read_floor(Tensor bytes, Tensor(a!) scratch) -> ()");
   m.def("pack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
   m.def("unpack(" CX_TENSOR_SCHEMA CX_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
+}
+
+// The benchmark's floor: a kernel that only reads. `scratch` gets what keeps the reads from being left out.
+void read_floor(const Tensor& bytes, Tensor scratch) {
+  const Place place(bytes);
+  check_tensor("read_floor", "bytes", bytes, ScalarType::Byte, place);
+  check("read_floor", cx_read_floor(bytes.const_data_ptr(), static_cast<size_t>(bytes.numel()),
+                                    scratch.mutable_data_ptr(), place.device, place.stream));
 }
 
 #define CX_IMPLEMENTATIONS(m)                                       \
@@ -509,4 +518,7 @@ STABLE_TORCH_LIBRARY(pyquant, m) {
   m.impl("unpack", TORCH_BOX(&unpack))
 
 STABLE_TORCH_LIBRARY_IMPL(pyquant, CPU, m) { CX_IMPLEMENTATIONS(m); }
-STABLE_TORCH_LIBRARY_IMPL(pyquant, CUDA, m) { CX_IMPLEMENTATIONS(m); }
+STABLE_TORCH_LIBRARY_IMPL(pyquant, CUDA, m) {
+  CX_IMPLEMENTATIONS(m);
+  m.impl("read_floor", TORCH_BOX(&read_floor));
+}

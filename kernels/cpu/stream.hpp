@@ -220,7 +220,8 @@ static size_t stream_workspace(const GemmProblem& p) {
 
 template <class Isa>
 constexpr Instance make_stream_instance(const char* name) {
-  return {name, Device::kCpu, Family::kStream, &Isa::available, nullptr, &stream_workspace<Isa>, &stream_gemm<Isa>, nullptr};
+  return {name,    Device::kCpu,           Family::kStream,   &Isa::available,
+          nullptr, &stream_workspace<Isa>, &stream_gemm<Isa>, nullptr};
 }
 
 }  // namespace cutlass_ext::cpu

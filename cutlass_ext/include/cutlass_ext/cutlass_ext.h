@@ -199,6 +199,10 @@ typedef struct cx_quantize_args {
 CX_API cx_status cx_quantize_workspace(const cx_weight* weight, size_t* bytes);
 CX_API cx_status cx_quantize(const cx_quantize_args* args);
 
+/* For benchmarks, CUDA only: a kernel that reads `bytes` bytes at `data` and does nothing with them; no kernel on a
+ * weight of that size can be faster. `scratch`: 4 bytes that may be overwritten. */
+CX_API cx_status cx_read_floor(const void* data, size_t bytes, void* scratch, cx_device device, void* stream);
+
 CX_API cx_status cx_gemm_workspace(const cx_gemm_args* args, size_t* bytes);
 CX_API cx_status cx_gemm(const cx_gemm_args* args);
 

@@ -176,8 +176,9 @@ cx_gemm_args gemm_args(const cx_weight& weight, MatrixView<const T> x, MatrixVie
   check_extent("gemm", "x: columns (K)", weight.k, x.cols);
   check_extent("gemm", "y: columns (N)", weight.n, y.cols);
   check_extent("gemm", "y: rows (M)", x.rows, y.rows);
-  return {&weight, options.dtype,  x.rows,         x.data,  x.ld, y.data,           y.ld,
-          bias,    options.device, options.stream, nullptr, 0,    options.instance, options.threads, options.flags};
+  return {&weight,      options.dtype,  x.rows,         x.data,  x.ld, y.data,           y.ld,
+          bias,         options.device, options.stream, nullptr, 0,    options.instance, options.threads,
+          options.flags};
 }
 
 }  // namespace detail

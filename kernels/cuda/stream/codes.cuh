@@ -42,8 +42,8 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t v) {
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   const T pair[2] = {T(low), T(high)};
-  return uint32_t(*reinterpret_cast<const uint16_t*>(&pair[0])) |
-         uint32_t(*reinterpret_cast<const uint16_t*>(&pair[1])) << 16;
+  return uint32_t(*reinterpret_cast<const uint16_t*>(&pair[0])) | uint32_t(*reinterpret_cast<const uint16_t*>(&pair[1]))
+                                                                      << 16;
 }
 
 template <uint32_t kMask, uint32_t kMagic>

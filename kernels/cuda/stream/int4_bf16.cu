@@ -2,5 +2,6 @@
 
 namespace cutlass_ext {
 extern const Instance cuda_stream_int4_bf16;
-const Instance cuda_stream_int4_bf16 = cuda::stream::make_instance<cuda::stream::IntegerCodes<__nv_bfloat16>, DType::kBf16>("cuda_stream_int4_bf16");
+const Instance cuda_stream_int4_bf16 =
+    cuda::stream::make_instance<cuda::stream::IntegerCodes<__nv_bfloat16>, DType::kBf16>("cuda_stream_int4_bf16");
 }  // namespace cutlass_ext

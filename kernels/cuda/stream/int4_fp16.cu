@@ -2,5 +2,6 @@
 
 namespace cutlass_ext {
 extern const Instance cuda_stream_int4_fp16;
-const Instance cuda_stream_int4_fp16 = cuda::stream::make_instance<cuda::stream::IntegerCodes<__half>, DType::kFp16>("cuda_stream_int4_fp16");
+const Instance cuda_stream_int4_fp16 =
+    cuda::stream::make_instance<cuda::stream::IntegerCodes<__half>, DType::kFp16>("cuda_stream_int4_fp16");
 }  // namespace cutlass_ext

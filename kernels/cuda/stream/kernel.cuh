@@ -4,16 +4,20 @@
 //          tile; its CTAs, and the k warps of each, split K. So every weight is read by one warp, once, and only sums
 //          travel: between the k warps of a CTA through shared memory, between the CTAs of a cluster by asynchronous
 //          stores into the shared memory of the CTA that owns the row. Every sum is added in one fixed order.
-// Ring     A warp has a ring of stages of its own and waits for nobody else. A stage is a 64-k block of its unit: the
-//          codes, their scales and zero points, and the block's x. Weights are requested first of all, before the grid
-//          dependency; x after it.
+// Ring     A warp has a ring of stages of its own. A stage is a 64-k block of its unit: the codes, their scales and
+// zero
+//          points. Weights are requested first of all, before the grid dependency; the blocks' x after it. Up to 8
+//          tokens x is part of the stage and a warp waits for nobody. Above, the row warps of a column (one part of K)
+//          share a ring of x, of which each requests some tokens: read once per row warp, x would be the most of the
+//          traffic between L2 and the SMs.
 // Decode   Weights are the A operand of the MMA, tokens its n: codes.cuh. Scales multiply the fp32 sums of a group.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm80.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm80.hpp>
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/stream/codes.cuh"
@@ -43,12 +47,19 @@ template <class Codes_, int kAtoms_, int kTokenTiles_, int kGroups_, ScaleSource
 struct Config {
   using Codes = Codes_;
   using T = typename Codes::T;
-  static constexpr int kTokenTiles = kTokenTiles_;           // n8 tiles
-  static constexpr int kGroups = kGroups_;                   // scale groups in a block: 1, 2, 4
+  static constexpr int kTokenTiles = kTokenTiles_;  // n8 tiles
+  static constexpr int kGroups = kGroups_;          // scale groups in a block: 1, 2, 4
   static constexpr ScaleSource kScales = kScales_;
-  static constexpr int kAtoms = kAtoms_;                     // of a warp: 1, 2, 4
-  static constexpr int kRows = kAtoms * layout::kAtomRows;   // of a unit
+  static constexpr int kAtoms = kAtoms_;                    // of a warp: 1, 2, 4
+  static constexpr int kRows = kAtoms * layout::kAtomRows;  // of a unit
   static constexpr int kUnitsPerSlab = layout::kAtomsPerBlock / kAtoms;
+  static constexpr bool kSharedX = kTokenTiles > 1;
+  // Two stages: block i + 2 takes the place of block i. Three: it takes that of block i - 1, which everyone has read
+  // when they meet before block i.
+  static constexpr int kStages = kSharedX ? 3 : 2;
+  // Warps of a CTA: what 64 K registers allow without spills.
+  static constexpr bool kLarge = kScales == ScaleSource::kResolved || (Codes::kTable && kAtoms == 4);
+  static constexpr int kWarps = kTokenTiles == 4 || (kTokenTiles == 2 && kLarge) ? 8 : kMaxWarps;
   static constexpr int kStepsPerGroup = layout::kSteps / kGroups;
   static constexpr int kTokens = kTokenTiles * kTokensPerTile;
   // Sums are added by the first kSumLanes lanes of a warp, kRowsPerLane rows of a unit each.
@@ -84,14 +95,16 @@ class Kernel {
     blocks = p.part_blocks + (part < p.part_rest ? 1 : 0);
     ring = window + p.ring + warp * p.ring_bytes;
     x_end = p.k - (block0 + blocks) * layout::kBlockK;
-    x_offset = C::kAtoms * kAtomBytes + p.group_scale_bytes + p.group_zero_bytes;
   }
 
   __device__ __forceinline__ void run() {
     cutlass::arch::launch_dependent_grids();
-    start_fill();
+    start_fill(cluster_index);
+    start_x();
 #pragma unroll 1
-    for (int i = 0; i < kStages; ++i) fill(ring + i * p.stage_bytes, !p.programmatic_launch);
+    for (int i = 0; i < kAhead; ++i) fill(i, !p.programmatic_launch);
+    scales.start(p, window, lane, warp);
+    scales.start_unit(p, unit_of(cluster_index), block0, lane);
     if constexpr (kHopper) {
       if (p.cluster > 1) {
         if (threadIdx.x == 0) {
@@ -104,18 +117,18 @@ class Kernel {
       }
     }
     if constexpr (Codes::kTable) build_pair_table();
-    scales.start(p, window, lane, warp);
     cutlass::arch::wait_on_dependent_grids();
     if (p.programmatic_launch) {
 #pragma unroll 1
-      for (int i = 0; i < kStages; ++i) request_x(ring + i * p.stage_bytes);
+      for (int i = 0; i < kAhead; ++i) request_x(i);
       cute::cp_async_wait<0>();
     }
     if constexpr (Codes::kTable || Scales<C>::kResolve) __syncthreads();
 
     int pass = 0;
-    for (int tile = cluster_index; tile * p.row_warps < p.units; tile += p.clusters, ++pass) {
-      multiply_tile(tile, pass);
+    for (int tile = cluster_index; tile < p.tiles; tile += p.clusters, ++pass) {
+      if (pass > 0) scales.start_unit(p, unit_of(tile), block0, lane);
+      multiply_tile();
       store_partial(pass);
       __syncthreads();
       if (p.cluster == 1) {
@@ -124,12 +137,11 @@ class Kernel {
         finish_in_cluster(tile, pass);
       }
     }
-    if constexpr (kHopper) {
-      if (p.cluster > 1 && pass == 0) cute::cluster_wait();
-    }
   }
 
  private:
+  static constexpr int kAhead = 2;  // blocks requested before the one that is read
+
   const Params& p;
   uint32_t window, ring;
   int lane, warp, wk, wr, rank, cluster_index;
@@ -139,10 +151,9 @@ class Kernel {
   const uint8_t* fill_scales;  // of the slab
   const uint8_t* fill_zeros;
   const T* fill_x;
-  int fill_unit, fill_block, fill_left, fill_x_left;
-  int x_end;          // fill_x_left behind the last of this warp's blocks
-  uint32_t x_offset;  // in a stage
-  uint32_t read_stage = 0;
+  int fill_tile, fill_block, fill_left, fill_x_left;
+  int x_end;  // fill_x_left behind the last of this warp's blocks
+  int read_stage = 0;
   Scales<C> scales;
   float acc[C::kAtoms][C::kTokenTiles][4];
 
@@ -154,22 +165,31 @@ class Kernel {
 
   // ---- the ring ----
 
-  __device__ __forceinline__ void start_fill() {
-    fill_unit = cluster_index * p.row_warps + wr;
-    const uint32_t slab = uint32_t(fill_unit) / C::kUnitsPerSlab;
+  // Row warps behind the weight's last unit do that one again; nobody stores it.
+  __device__ __forceinline__ int unit_of(int tile) const { return min(tile * p.row_warps + wr, p.units - 1); }
+
+  __device__ __forceinline__ uint32_t weight_stage(int stage) const { return ring + stage * p.stage_bytes; }
+  __device__ __forceinline__ uint32_t x_stage(int stage) const {
+    return C::kSharedX ? window + p.x_at + (wk * C::kStages + stage) * p.x_stage_bytes : weight_stage(stage) + p.x_at;
+  }
+
+  __device__ __forceinline__ void start_fill(int tile) {
+    const int unit = unit_of(tile);
+    const uint32_t slab = uint32_t(unit) / C::kUnitsPerSlab;
+    fill_tile = tile;
     fill_block = block0;
-    fill_left = fill_unit < p.units ? blocks : 0;
+    fill_left = blocks;
     fill_codes = p.codes + uint64_t(slab) * p.slab_code_bytes + uint32_t(block0) * kBlockBytes +
-                 fill_unit % C::kUnitsPerSlab * (C::kAtoms * kAtomBytes) + lane * 16;
+                 unit % C::kUnitsPerSlab * (C::kAtoms * kAtomBytes) + lane * 16;
     fill_scales = p.scales + uint64_t(slab) * p.slab_scale_bytes + lane * 16;
     if constexpr (Scales<C>::kZeros) fill_zeros = p.zeros + uint64_t(slab) * p.slab_zero_bytes + lane * 16;
-    start_x();
   }
 
   __device__ __forceinline__ void start_x() {
     asm volatile("" ::: "memory");  // a branch, as in next_tile
     fill_x_left = p.k - block0 * layout::kBlockK;
     fill_x = static_cast<const T*>(p.x) + (lane >> 3) * p.ldx + block0 * layout::kBlockK + (lane & 7) * 8;
+    if constexpr (C::kSharedX) fill_x += wr * p.x_step;
   }
 
   __device__ static void copy_16(uint32_t to, const void* from) {
@@ -201,23 +221,24 @@ class Kernel {
 
   // x of the next block. Eight lanes have a token's 64 values, four tokens at a time; what lies behind K becomes zero,
   // because the weight's padding is not.
-  __device__ __forceinline__ void request_x(uint32_t stage) {
+  __device__ __forceinline__ void request_x(int stage) {
     const int left = fill_x_left - (lane & 7) * 8;  // k values from this lane's on
-    const int first_token = lane >> 3;
+    const int every = C::kSharedX ? p.row_warps : 1;
+    const int first = C::kSharedX ? wr : 0;
     const T* x = fill_x;
-    uint32_t to = stage + x_offset + first_token * kXPitch + (lane & 7) * 16;
+    int token = 4 * first + (lane >> 3);
+    uint32_t to = x_stage(stage) + token * kXPitch + (lane & 7) * 16;
     if (p.x_vector) {
       const int bytes = left > 0 ? 16 : 0;
-#pragma unroll
-      for (int token = 0; token < C::kTokens; token += 4) {
-        if (first_token + token < p.m) {
+#pragma unroll(C::kSharedX ? 1 : 2)
+      for (; token < C::kTokens; token += 4 * every, x += every * p.x_step, to += 4 * every * kXPitch) {
+        if (token < p.m) {
           asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(x), "r"(bytes) : "memory");
         }
-        x += p.x_step;
-        to += 4 * kXPitch;
       }
     } else {
-      for (int token = first_token; token < p.m; token += 4, x += p.x_step, to += 4 * kXPitch) {
+      for (; token < p.m; token += 4 * every, x += every * p.x_step, to += 4 * every * kXPitch) {
+#pragma unroll 1
         for (int i = 0; i < 8; ++i) {
           store_shared_2(to + i * 2, i < left ? reinterpret_cast<const uint16_t*>(x)[i] : 0);
         }
@@ -229,10 +250,10 @@ class Kernel {
   }
 
   // Requests the next block of this warp, if there is one, into a stage.
-  __device__ __forceinline__ void fill(uint32_t stage, bool with_x) {
+  __device__ __forceinline__ void fill(int stage, bool with_x) {
     if (fill_left > 0) {
       if (with_x) request_x(stage);
-      request_weights(stage);
+      request_weights(weight_stage(stage));
       next_block();
     }
     cute::cp_async_fence();
@@ -244,28 +265,39 @@ class Kernel {
     if (--fill_left == 0) next_tile();
   }
 
-  // The same unit of the slab, in the cluster's next tile.
+  // Goes on with the cluster's next tile.
   __device__ __forceinline__ void next_tile() {
     asm volatile("" ::: "memory");  // a branch: the block loop is faster without these instructions in it
-    fill_unit += p.pass_slabs * C::kUnitsPerSlab;
-    if (fill_unit < p.units) fill_left = blocks;
-    fill_block = block0;
-    fill_codes += uint64_t(p.pass_slabs) * p.slab_code_bytes - uint32_t(blocks) * kBlockBytes;
-    fill_scales += uint64_t(p.pass_slabs) * p.slab_scale_bytes;
-    if constexpr (Scales<C>::kZeros) fill_zeros += uint64_t(p.pass_slabs) * p.slab_zero_bytes;
+    if (fill_tile + p.clusters < p.tiles) start_fill(fill_tile + p.clusters);
   }
 
-  __device__ __forceinline__ uint32_t wait_stage() const {
-    cute::cp_async_wait<kStages - 1>();
-    __syncwarp();
-    return ring + read_stage;
+  // Waits for the next block, then requests the one that may take the place of the block before.
+  __device__ __forceinline__ void acquire_stage() {
+    cute::cp_async_wait<kAhead - 1>();
+    if constexpr (C::kSharedX) {
+      sync_column();
+      fill(read_stage == 0 ? 2 : read_stage - 1, true);
+    } else {
+      __syncwarp();
+    }
   }
 
-  // The stage has been read by all lanes; it is filled anew.
-  __device__ __forceinline__ void release_stage(uint32_t stage) {
-    __syncwarp();
-    fill(stage, true);
-    read_stage = p.stage_bytes - read_stage;  // of two stages, the other one
+  // All lanes have read the block.
+  __device__ __forceinline__ void release_stage() {
+    if constexpr (!C::kSharedX) {
+      __syncwarp();
+      fill(read_stage, true);
+    }
+    read_stage = read_stage + 1 == C::kStages ? 0 : read_stage + 1;
+  }
+
+  // The row warps of this warp's part of K.
+  __device__ __forceinline__ void sync_column() const {
+    if (p.row_warps == 1) {
+      __syncwarp();
+    } else {
+      sync_warps(1 + wk, p.row_warps * layout::kLanes);  // barrier 0 is that of the CTA; with 2 row warps, 8 columns
+    }
   }
 
   // ---- the table of value pairs ----
@@ -287,31 +319,29 @@ class Kernel {
 
   // ---- the main loop ----
 
-  __device__ __forceinline__ void multiply_tile(int tile, int pass) {
+  __device__ __forceinline__ void multiply_tile() {
 #pragma unroll
     for (int r = 0; r < C::kAtoms; ++r)
 #pragma unroll
       for (int j = 0; j < C::kTokenTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[r][j][i] = 0;
-    const int unit = tile * p.row_warps + wr;
-    scales.start_unit(p, unit, lane);
-    if (unit >= p.units) return;
     uint32_t x_row[C::kTokenTiles];  // in a stage, of ldmatrix
 #pragma unroll
     for (int j = 0; j < C::kTokenTiles; ++j) {
       // Tokens beyond M: the last one again, in columns that nobody reads.
-      x_row[j] = x_offset + min(j * kTokensPerTile + (lane & 7), p.m - 1) * kXPitch + (lane >> 3) * 16;
+      x_row[j] = min(j * kTokensPerTile + (lane & 7), p.m - 1) * kXPitch + (lane >> 3) * 16;
     }
     const uint32_t lane_address = window + lane * 4;
 #pragma unroll 1
     for (int block = block0; block < block0 + blocks; ++block) {
-      const uint32_t stage = wait_stage();
+      acquire_stage();
+      const uint32_t stage = weight_stage(read_stage), x = x_stage(read_stage);
       uint32_t b[layout::kSteps][C::kTokenTiles][2];
 #pragma unroll
       for (int j = 0; j < C::kTokenTiles; ++j) {
-        load_matrices(stage + x_row[j], b[0][j][0], b[0][j][1], b[1][j][0], b[1][j][1]);
-        load_matrices(stage + x_row[j] + 64, b[2][j][0], b[2][j][1], b[3][j][0], b[3][j][1]);
+        load_matrices(x + x_row[j], b[0][j][0], b[0][j][1], b[1][j][0], b[1][j][1]);
+        load_matrices(x + x_row[j] + 64, b[2][j][0], b[2][j][1], b[3][j][0], b[3][j][1]);
       }
       const uint32_t codes = stage + lane * 16;
       uint4 w = load_shared_16(codes);
@@ -339,7 +369,8 @@ class Kernel {
         for (int r = 0; r < C::kAtoms; ++r) {
           // The next atom's codes are on their way while this one's are multiplied.
           const bool last = r + 1 == C::kAtoms;
-          const uint4 next = last && group + 1 == C::kGroups ? w : load_shared_16(codes + (last ? 0 : r + 1) * kAtomBytes);
+          const uint4 next =
+              last && group + 1 == C::kGroups ? w : load_shared_16(codes + (last ? 0 : r + 1) * kAtomBytes);
           float d[C::kTokenTiles][4];
 #pragma unroll
           for (int s = 0; s < C::kStepsPerGroup; ++s) {
@@ -371,7 +402,7 @@ class Kernel {
           w = next;
         }
       }
-      release_stage(stage);
+      release_stage();
     }
   }
 
@@ -408,8 +439,8 @@ class Kernel {
   // Warp (wr, wk) adds the k warps' sums of row warp wr for the tokens wk, wk + k_warps, ..; a lane has
   // kRowsPerLane rows of the unit.
   __device__ __forceinline__ Sums<C::kRowsPerLane> add_k_warps(int token, int lane) const {
-    uint32_t at = window + p.partial_at + wr * p.partial_bytes + token * partial_pitch(C::kAtoms) +
-                  lane * (C::kRowsPerLane * 4);
+    uint32_t at =
+        window + p.partial_at + wr * p.partial_bytes + token * partial_pitch(C::kAtoms) + lane * (C::kRowsPerLane * 4);
     const uint32_t step = p.row_warps * p.partial_bytes;
     Sums<C::kRowsPerLane> sum{};
 #pragma unroll 4
@@ -454,7 +485,8 @@ class Kernel {
     if (row >= p.n || wk >= p.m || lane >= C::kSumLanes) return;
     float bias[C::kRowsPerLane];
     load_bias(row, bias);
-    for (int token = wk; token < p.m; token += p.k_warps) store(token, row, add_k_warps(token, lane).v, tensor_scale(), bias);
+    for (int token = wk; token < p.m; token += p.k_warps)
+      store(token, row, add_k_warps(token, lane).v, tensor_scale(), bias);
   }
 
   // A CTA finishes 1 / cluster of the tile's rows: `share` lanes' worth. Everyone sends it their sums.
@@ -511,7 +543,7 @@ class Kernel {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kMaxWarps* kThreadsPerWarp, 1) stream_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(C::kWarps* kThreadsPerWarp, 1) stream_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) char shared[];
   Kernel<C>(p, shared).run();
 }

@@ -1,8 +1,8 @@
-#include "kernels/cuda/stream/launch.cuh"
-
 #include <mutex>
 #include <set>
 #include <utility>
+
+#include "kernels/cuda/stream/launch.cuh"
 
 namespace cutlass_ext::cuda::stream {
 namespace {

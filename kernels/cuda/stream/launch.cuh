@@ -16,19 +16,17 @@ template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&stream_kernel<C>),
           {C::kTokenTiles, C::kGroups, C::kRows, C::Codes::kTable, C::kScales == ScaleSource::kResolved,
-           partial_pitch(C::kAtoms), kXPitch}};
+           partial_pitch(C::kAtoms), kXPitch, C::kSharedX, C::kStages, C::kWarps}};
 }
 
 constexpr int kMaxTokens = 32;  // of a launch
 
 template <class Codes, int kTokenTiles, ScaleSource kScales>
 void add_atoms(Candidates* to) {
-  // 32 tokens leave registers for two atoms a warp.
-  if constexpr (kTokenTiles <= 2) {
-    to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
-    to->add(compiled<Config<Codes, 1, kTokenTiles, 1, kScales>>());
-  }
+  to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
   to->add(compiled<Config<Codes, 2, kTokenTiles, 1, kScales>>());
+  // One atom a warp, for small weights: more than 16 tokens are compute-bound with it.
+  if constexpr (kTokenTiles <= 2) to->add(compiled<Config<Codes, 1, kTokenTiles, 1, kScales>>());
 }
 
 // The scale type that is x's own.
@@ -107,8 +105,8 @@ bool supports(const GemmProblem& problem) {
 
 template <class Codes, DType kDType>
 constexpr Instance make_instance(const char* name) {
-  return {name, Device::kCuda, Family::kStream, &device_available, &supports<Codes, kDType>, nullptr, &gemm<Codes>,
-          nullptr};
+  return {name,    Device::kCuda, Family::kStream, &device_available, &supports<Codes, kDType>,
+          nullptr, &gemm<Codes>,  nullptr};
 }
 
 }  // namespace cutlass_ext::cuda::stream

@@ -6,8 +6,6 @@
 namespace cutlass_ext::cuda::stream {
 
 constexpr int kMaxWarps = 16;
-// Of a warp's ring. Three were never better by more than 2% (M = 1..16, six shapes, H200, 2026-11-21).
-constexpr int kStages = 2;
 constexpr int kThreadsPerWarp = 32;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kCodebookSize = 16;
@@ -26,27 +24,30 @@ struct Params {
   int32_t row_warps, row_warps_inverse;  // warp / row_warps = warp * inverse >> 8
   int32_t k_warps;
   int32_t cluster, cluster_shift;  // CTAs, their log2
-  int32_t part_blocks, part_rest;  // k blocks of a part (a warp of a CTA of a cluster); the first part_rest have one more
-  int32_t units;                   // row ranges of a warp in the weight
+  int32_t part_blocks,
+      part_rest;  // k blocks of a part (a warp of a CTA of a cluster); the first part_rest have one more
+  int32_t units;  // row ranges of a warp in the weight
   uint32_t slab_code_bytes, slab_scale_bytes, slab_zero_bytes;
-  int32_t group_shift;        // log2(k blocks of a group); 0 for groups below a block, 31 for one group
+  int32_t group_shift;  // log2(k blocks of a group); 0 for groups below a block, 31 for one group
   uint32_t group_scale_bytes, group_zero_bytes;  // of the groups in a block, 64 rows
   uint32_t stage_bytes;
   uint32_t ring, ring_bytes;  // shared address of warp 0's ring; distance of rings
   // x.
   int32_t m, k;
   const void* x;
-  int64_t ldx, x_step;       // elements between tokens, between every fourth
-  bool x_vector;             // rows of x start on 16 bytes and K % 8 == 0
+  int64_t ldx, x_step;  // elements between tokens, between every fourth
+  uint32_t x_at,
+      x_stage_bytes;  // in a stage; where x is shared, address of the first column's ring and bytes of a stage
+  bool x_vector;      // rows of x start on 16 bytes and K % 8 == 0
   bool programmatic_launch;
   // Later passes, sums.
   int32_t clusters;  // in the grid
-  int32_t pass_slabs;  // between the tiles of a cluster
-  uint32_t resolved_at;      // scales and zeros as fp32, per warp
+  int32_t tiles;
+  uint32_t resolved_at;  // scales and zeros as fp32, per warp
   uint32_t nested_map_at;
   uint32_t partial_at, partial_bytes;  // a warp's sums of a tile
   uint32_t exchange_at, exchange_bytes;
-  uint32_t barriers;  // of the exchange
+  uint32_t barriers;     // of the exchange
   const uint8_t* zeros;  // nullptr: none
   int32_t scale_bytes;   // of one scale
   int32_t zero_bytes;    // of one zero, 0: none
@@ -54,7 +55,7 @@ struct Params {
   int32_t scale_type, zero_type;
   // Integers: what accumulators start from is sum(x) times minus these, pairs of x's type for the rows g and g + 8.
   uint32_t start_low, start_high;
-  float zero_low, zero_high;  // a zero point's factor of that start
+  float zero_low, zero_high;      // a zero point's factor of that start
   float codebook[kCodebookSize];  // where codebook_data is nullptr
   const float* codebook_data;
   const float* nested_map;

@@ -7,11 +7,36 @@ namespace {
 
 constexpr uint32_t align(uint32_t at, uint32_t to) { return (at + to - 1) / to * to; }
 
-
 int log2_of(int64_t power) {
   int log = 0;
   while ((int64_t{1} << log) < power) ++log;
   return log;
+}
+
+// What a launch takes beyond a constant, in ns: the slowest of what the kernel waits for, plus what a split adds. The
+// rates were fitted to 2600 measured launches (int4, bf16, M = 1..32, eight shapes; H200, 2026-11-21).
+double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device,
+               const Params& p) {
+  constexpr double kMemoryRate = 33;  // bytes per ns and SM, all SMs reading
+  constexpr double kIngestRate = 49;  // the same with what comes from L2
+  constexpr double kCtaRate = 60;     // of a CTA on its own
+  constexpr double kIssueRate = 7;    // instructions per ns of an SM with 16 warps
+  const int atoms = kernel.rows / layout::kAtomRows;
+  const int warps = p.row_warps * p.k_warps;
+  const int passes = static_cast<int>(layout::ceil_div(p.tiles, p.clusters));
+  const double blocks = double(layout::blocks_along_k(problem.weight.k)) / p.cluster;  // of a CTA and unit
+  const double weight_bytes =
+      blocks * p.row_warps * (atoms * layout::atom_bytes(4) + p.group_scale_bytes + p.group_zero_bytes);
+  const double x_bytes = blocks * (kernel.shared_x ? 1 : p.row_warps) * p.x_stage_bytes;
+  const double instructions =
+      blocks * p.row_warps * (100 + 12 * kernel.token_tiles + atoms * (37 + 8 * kernel.token_tiles));
+  const double ctas = double(p.tiles) * p.cluster;  // one pass of all tiles
+  const double memory = ctas * weight_bytes / (kMemoryRate * device.sms);
+  const double ingest = ctas * (weight_bytes + x_bytes) / (kIngestRate * device.sms);
+  const double cta = passes * (weight_bytes + x_bytes) / kCtaRate;
+  const double issue = passes * instructions / (kIssueRate * std::min(1.0, warps / 12.0));
+  return std::max(std::max(memory, ingest), std::max(cta, issue)) + 500 * (passes - 1) + (p.cluster > 1 ? 250 : 0) +
+         10 * p.k_warps;
 }
 
 }  // namespace
@@ -21,7 +46,7 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   const Weight& w = problem.weight;
   Params& p = *params;
   const int warps = split.row_warps * split.k_warps;
-  if (warps > kMaxWarps || split.cluster > kMaxCluster || device.active_clusters(split.cluster) == 0) return false;
+  if (warps > kernel.warps || split.cluster > kMaxCluster || device.active_clusters(split.cluster) == 0) return false;
   const int k_blocks = static_cast<int>(layout::blocks_along_k(w.k));
   const int parts = split.cluster * split.k_warps;
   if (parts > k_blocks) return false;
@@ -36,26 +61,30 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   const int tiles = static_cast<int>(layout::ceil_div(p.units, split.row_warps));
   p.clusters = std::min(tiles, device.active_clusters(split.cluster));
   const int passes = static_cast<int>(layout::ceil_div(tiles, p.clusters));
-  // A warp keeps its place in the slab from tile to tile.
-  const int units_per_slab = layout::kBlockRows / kernel.rows;
-  if (passes > 1 && p.clusters * split.row_warps % units_per_slab != 0) return false;
-  p.pass_slabs = passes > 1 ? p.clusters * split.row_warps / units_per_slab : static_cast<int>(layout::slabs(w.n));
-
+  p.tiles = tiles;
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
   const int64_t slab_scales = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows;
   p.slab_code_bytes = static_cast<uint32_t>(k_blocks * layout::block_bytes(4));
   p.slab_scale_bytes = static_cast<uint32_t>(slab_scales * p.scale_bytes);
   p.slab_zero_bytes = static_cast<uint32_t>(slab_scales * p.zero_bytes);
-  p.group_shift = w.group_size >= w.k ? 31 : w.group_size <= layout::kBlockK ? 0 : log2_of(w.group_size / layout::kBlockK);
+  p.group_shift = w.group_size >= w.k               ? 31
+                  : w.group_size <= layout::kBlockK ? 0
+                                                    : log2_of(w.group_size / layout::kBlockK);
   const int group_values = kernel.groups * layout::kBlockRows;
   p.group_scale_bytes = static_cast<uint32_t>(group_values * p.scale_bytes);
   p.group_zero_bytes = static_cast<uint32_t>(group_values * p.zero_bytes);
-  // A multiple of 128: a copy of 512 bytes that straddles one line more costs 8% (8192 x 8192, M = 1, H200, 2026-11-21).
-  p.stage_bytes = align(static_cast<uint32_t>(kernel.rows / layout::kAtomRows * layout::atom_bytes(4)) +
-                            p.group_scale_bytes + p.group_zero_bytes + tokens * kernel.x_pitch,
-                        128);
-  p.ring_bytes = kStages * p.stage_bytes;
+  p.stage_bytes = static_cast<uint32_t>(kernel.rows / layout::kAtomRows * layout::atom_bytes(4)) + p.group_scale_bytes +
+                  p.group_zero_bytes;
+  p.x_stage_bytes = static_cast<uint32_t>(tokens * kernel.x_pitch);
+  if (!kernel.shared_x) {
+    p.x_at = p.stage_bytes;
+    p.stage_bytes += p.x_stage_bytes;
+  }
+  // A multiple of 128: a copy of 512 bytes that straddles one line more costs 8% (8192 x 8192, M = 1, H200,
+  // 2026-11-21).
+  p.stage_bytes = align(p.stage_bytes, 128);
+  p.ring_bytes = kernel.stages * p.stage_bytes;
   p.m = tokens;
   p.partial_bytes = static_cast<uint32_t>(tokens * kernel.partial_pitch);
   // With one tile a CTA a warp's sums may take the place of its ring.
@@ -80,6 +109,10 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   p.exchange_at = at = align(at, 16);
   p.exchange_bytes = split.cluster > 1 ? split.row_warps * kernel.rows * tokens * 4 : 0;
   at += p.exchange_bytes * (passes > 1 ? 2 : 1);
+  if (kernel.shared_x) {
+    p.x_at = at = align(at, 16);
+    at += split.k_warps * kernel.stages * p.x_stage_bytes;
+  }
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) + (device.clusters ? kSharedBase : 0);
   if (at > limit) return false;
   plan->split = split;
@@ -90,32 +123,30 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
 
 const Compiled* choose_plan(const GemmProblem& problem, int tokens, const Candidates& candidates,
                             const DeviceProperties& device, Params* params, Plan* plan) {
-  const KernelTraits& kernel = candidates.kernels[0].traits;
-  const int units = static_cast<int>(layout::ceil_div(problem.weight.n, kernel.rows));
+  const Compiled* best = nullptr;
+  double best_cost = 0;
+  const Params start = *params;
   const int blocks = static_cast<int>(layout::blocks_along_k(problem.weight.k));
-  double best = 1e30;
-  Split best_split{};
-  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-    for (int row_warps = 1; row_warps <= kMaxWarps; ++row_warps) {
-      for (int k_warps = 1; k_warps * row_warps <= kMaxWarps; k_warps *= 2) {
-        if (2 * k_warps * row_warps <= kMaxWarps && 2 * k_warps * cluster <= blocks) continue;  // more warps fit
-        const Split split{cluster, row_warps, k_warps};
-        Params p = *params;
+  for (int i = 0; i < candidates.count; ++i) {
+    const Compiled& kernel = candidates.kernels[i];
+    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      for (int row_warps = 1; row_warps <= kernel.traits.warps; ++row_warps) {
+        // As many warps along K as there are, or as K has blocks for.
+        const int k_warps = std::min(kernel.traits.warps / row_warps, blocks / cluster);
+        Params p = start;
         Plan candidate;
-        if (!plan_split(problem, tokens, kernel, device, split, &p, &candidate)) continue;
-        const int tiles = static_cast<int>(layout::ceil_div(units, row_warps));
-        const int passes = static_cast<int>(layout::ceil_div(tiles, p.clusters));
-        const double weight_blocks = double(passes) * row_warps * blocks / cluster;  // of a CTA
-        const double x_blocks = double(passes) * row_warps * blocks / cluster * tokens / 16.0;
-        const double cost = weight_blocks + x_blocks + 4 * passes + (cluster > 1 ? 8 + cluster : 0);
-        if (cost < best) {
-          best = cost;
-          best_split = split;
-        }
+        if (!plan_split(problem, tokens, kernel.traits, device, {cluster, row_warps, k_warps}, &p, &candidate))
+          continue;
+        const double cost = cost_of(problem, kernel.traits, device, p);
+        if (best != nullptr && cost >= best_cost) continue;
+        best = &kernel;
+        best_cost = cost;
+        *params = p;
+        *plan = candidate;
       }
     }
   }
-  return best < 1e30 && plan_split(problem, tokens, kernel, device, best_split, params, plan) ? &candidates.kernels[0] : nullptr;
+  return best;
 }
 
 }  // namespace cutlass_ext::cuda::stream

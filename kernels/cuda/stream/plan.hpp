@@ -9,13 +9,16 @@ namespace cutlass_ext::cuda::stream {
 
 // What the plan must know of a compiled kernel.
 struct KernelTraits {
-  int token_tiles;     // n8 tiles of tokens
-  int groups;          // scale groups in a 64-k block
-  int rows;            // of a unit, the rows of a warp
-  bool pair_table;     // codebooks
-  bool resolves;       // scales go through a region of the warp
-  int partial_pitch;   // bytes between tokens of a warp's sums
-  int x_pitch;         // bytes of a token in a stage
+  int token_tiles;    // n8 tiles of tokens
+  int groups;         // scale groups in a 64-k block
+  int rows;           // of a unit, the rows of a warp
+  bool pair_table;    // codebooks
+  bool resolves;      // scales go through a region of the warp
+  int partial_pitch;  // bytes between tokens of a warp's sums
+  int x_pitch;        // bytes of a token in a stage
+  bool shared_x;      // row warps share a ring of x
+  int stages;         // of a ring
+  int warps;          // of a CTA, at most
 };
 
 struct Compiled {

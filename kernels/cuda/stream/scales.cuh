@@ -39,15 +39,18 @@ class Scales {
     }
   }
 
-  __device__ __forceinline__ void start_unit(const Params& p, int unit, int lane) {
+  // Nested: requests the second-level scales of the unit's first groups, which are there when they are needed.
+  __device__ __forceinline__ void start_unit(const Params& p, int unit, int block, int lane) {
     position = (lane >> 2) * 8 + unit % C::kUnitsPerSlab * (2 * C::kAtoms);
     if constexpr (kResolve) {
+      if (p.scale_type != int(ScaleType::kNested)) return;
       const int slab = unit / C::kUnitsPerSlab;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // Rows behind N are padding: any group that exists.
         nested_row[i] = min(slab * layout::kBlockRows + layout::scale_row(2 * lane + i), p.n - 1);
-        nested_at[i] = -1;
+        nested_at[i] = nested_index(p, i, (block >> p.group_shift) * C::kGroups);
+        nested[i] = __ldg(p.nested_absmax + nested_at[i]);
       }
     }
   }
@@ -124,8 +127,7 @@ class Scales {
   static constexpr __host__ __device__ int resolved_bytes(bool zeros) { return kGroupScales * 4 * (zeros ? 2 : 1); }
 
  private:
-
-  int position;                    // of the lane's first scale in a group
+  int position;  // of the lane's first scale in a group
   uint32_t resolved, nested_map;
   int nested_row[2];  // the rows that this lane converts
   int nested_at[2];   // index of nested[]
@@ -155,12 +157,16 @@ class Scales {
     return {float(pair & 255), float(pair >> 8)};
   }
 
+  __device__ __forceinline__ int nested_index(const Params& p, int i, int group) const {
+    return int((int64_t(nested_row[i]) * p.groups + min(group, p.groups - 1)) / kNestedBlock);
+  }
+
   __device__ __forceinline__ float2 nested_pair(const Params& p, uint32_t from, int group) {
     const uint32_t pair = load_shared_2(from);
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = int((int64_t(nested_row[i]) * p.groups + min(group, p.groups - 1)) / kNestedBlock);
+      const int at = nested_index(p, i, group);
       if (at != nested_at[i]) {  // seldom: a second-level scale covers 256 groups of a row
         nested_at[i] = at;
         nested[i] = __ldg(p.nested_absmax + at);
