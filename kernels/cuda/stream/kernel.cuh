@@ -20,6 +20,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/stream/codebook_factor.hpp"
 #include "kernels/cuda/stream/codes.cuh"
 #include "kernels/cuda/stream/params.hpp"
 #include "kernels/cuda/stream/scales.cuh"
@@ -53,13 +54,13 @@ struct Config {
   static constexpr int kAtoms = kAtoms_;                    // of a warp: 1, 2, 4
   static constexpr int kRows = kAtoms * layout::kAtomRows;  // of a unit
   static constexpr int kUnitsPerSlab = layout::kAtomsPerBlock / kAtoms;
-  static constexpr bool kSharedX = kTokenTiles > 1;
+  static constexpr bool kSharedX = kTokenTiles > 2;
   // Two stages: block i + 2 takes the place of block i. Three: it takes that of block i - 1, which everyone has read
   // when they meet before block i.
   static constexpr int kStages = kSharedX ? 3 : 2;
   // Warps of a CTA: what 64 K registers allow without spills.
   static constexpr bool kLarge = kScales == ScaleSource::kResolved || (Codes::kTable && kAtoms == 4);
-  static constexpr int kWarps = kTokenTiles == 4 || (kTokenTiles == 2 && kLarge) ? 8 : kMaxWarps;
+  static constexpr int kWarps = kTokenTiles > 2 ? 8 : kTokenTiles == 2 && kLarge ? 12 : kMaxWarps;
   static constexpr int kStepsPerGroup = layout::kSteps / kGroups;
   static constexpr int kTokens = kTokenTiles * kTokensPerTile;
   // Sums are added by the first kSumLanes lanes of a warp, kRowsPerLane rows of a unit each.
@@ -93,6 +94,7 @@ class Kernel {
     const int part = rank * p.k_warps + wk;
     block0 = part * p.part_blocks + min(part, p.part_rest);
     blocks = p.part_blocks + (part < p.part_rest ? 1 : 0);
+    asm("" : "+r"(blocks));  // one value: kept as its two terms, one of them was spilled
     ring = window + p.ring + warp * p.ring_bytes;
     x_end = p.k - (block0 + blocks) * layout::kBlockK;
   }
@@ -154,6 +156,7 @@ class Kernel {
   int fill_tile, fill_block, fill_left, fill_x_left;
   int x_end;  // fill_x_left behind the last of this warp's blocks
   int read_stage = 0;
+  float output_factor = 1;
   Scales<C> scales;
   float acc[C::kAtoms][C::kTokenTiles][4];
 
@@ -224,23 +227,26 @@ class Kernel {
   __device__ __forceinline__ void request_x(int stage) {
     const int left = fill_x_left - (lane & 7) * 8;  // k values from this lane's on
     const int every = C::kSharedX ? p.row_warps : 1;
-    const int first = C::kSharedX ? wr : 0;
+    const int first = (C::kSharedX ? 4 * wr : 0) + (lane >> 3);
+    const uint32_t to = x_stage(stage) + first * kXPitch + (lane & 7) * 16;
     const T* x = fill_x;
-    int token = 4 * first + (lane >> 3);
-    uint32_t to = x_stage(stage) + token * kXPitch + (lane & 7) * 16;
     if (p.x_vector) {
       const int bytes = left > 0 ? 16 : 0;
-#pragma unroll(C::kSharedX ? 1 : 2)
-      for (; token < C::kTokens; token += 4 * every, x += every * p.x_step, to += 4 * every * kXPitch) {
-        if (token < p.m) {
-          asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(x), "r"(bytes) : "memory");
+#pragma unroll
+      for (int token = 0; token < C::kTokens; token += 4) {
+        if (first + token * every < p.m) {
+          asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to + token * every * kXPitch), "l"(x),
+                       "r"(bytes)
+                       : "memory");
         }
+        x += every * p.x_step;
       }
     } else {
-      for (; token < p.m; token += 4 * every, x += every * p.x_step, to += 4 * every * kXPitch) {
+#pragma unroll 1
+      for (int token = 0; first + token < p.m; token += 4 * every, x += every * p.x_step) {
 #pragma unroll 1
         for (int i = 0; i < 8; ++i) {
-          store_shared_2(to + i * 2, i < left ? reinterpret_cast<const uint16_t*>(x)[i] : 0);
+          store_shared_2(to + token * kXPitch + i * 2, i < left ? reinterpret_cast<const uint16_t*>(x)[i] : 0);
         }
       }
     }
@@ -302,19 +308,31 @@ class Kernel {
 
   // ---- the table of value pairs ----
 
-  __device__ __forceinline__ void build_pair_table() const {
+  __device__ __forceinline__ void build_pair_table() {
+    const bool given = p.codebook_data != nullptr;
+    const float factor = given ? search_factor() : p.codebook_factor;
+    output_factor = 1 / factor;
     // Two threads an entry, 64 bytes each; the order of their pieces keeps eight threads on different banks.
     for (int i = threadIdx.x; i < 512; i += blockDim.x) {
       const int entry = i >> 1;
-      const float low = p.codebook_data != nullptr ? p.codebook_data[entry & 15] : p.codebook[entry & 15];
-      const float high = p.codebook_data != nullptr ? p.codebook_data[entry >> 4] : p.codebook[entry >> 4];
-      const uint32_t pair = pack_pair<T>(low, high);
+      const float low = given ? p.codebook_data[entry & 15] : p.codebook[entry & 15];
+      const float high = given ? p.codebook_data[entry >> 4] : p.codebook[entry >> 4];
+      const uint32_t pair = pack_pair<T>(low * factor, high * factor);
       const uint32_t at = window + kSharedBase + entry * 256 + (i & 1) * 64;
 #pragma unroll
       for (int piece = 0; piece < 4; ++piece) {
         store_shared_16(at + ((piece + entry) & 3) * 16, make_uint4(pair, pair, pair, pair));
       }
     }
+  }
+
+  // A weight's own codebook is not known to the host: every lane tries one factor.
+  __device__ __noinline__ float search_factor() const {
+    const float error =
+        rounding_error(p.codebook_data, factor_at(threadIdx.x % kFactors), [](float v) { return float(T(v)); });
+    // Errors are not negative, so that their bits are in their order.
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, __float_as_uint(error));
+    return factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
   }
 
   // ---- the main loop ----
@@ -334,7 +352,7 @@ class Kernel {
     }
     const uint32_t lane_address = window + lane * 4;
 #pragma unroll 1
-    for (int block = block0; block < block0 + blocks; ++block) {
+    for (int left = blocks; left > 0; --left) {
       acquire_stage();
       const uint32_t stage = weight_stage(read_stage), x = x_stage(read_stage);
       uint32_t b[layout::kSteps][C::kTokenTiles][2];
@@ -345,7 +363,7 @@ class Kernel {
       }
       const uint32_t codes = stage + lane * 16;
       uint4 w = load_shared_16(codes);
-      scales.resolve(p, stage + C::kAtoms * kAtomBytes, block, lane);
+      scales.resolve(p, stage + C::kAtoms * kAtomBytes, block0 + blocks - left, lane);
 #pragma unroll
       for (int group = 0; group < C::kGroups; ++group) {
         float start[C::kTokenTiles][4];
@@ -363,8 +381,7 @@ class Kernel {
             }
           }
         }
-        float scale[C::kAtoms][2];
-        scales.load(p, stage + C::kAtoms * kAtomBytes, group, scale);
+        const typename Scales<C>::Group group_scales = scales.load(stage + C::kAtoms * kAtomBytes, group);
 #pragma unroll
         for (int r = 0; r < C::kAtoms; ++r) {
           // The next atom's codes are on their way while this one's are multiplied.
@@ -392,12 +409,13 @@ class Kernel {
               }
             }
           }
+          const float2 scale = group_scales.of(r);
 #pragma unroll
           for (int j = 0; j < C::kTokenTiles; ++j) {
-            acc[r][j][0] += scale[r][0] * d[j][0];
-            acc[r][j][1] += scale[r][0] * d[j][1];
-            acc[r][j][2] += scale[r][1] * d[j][2];
-            acc[r][j][3] += scale[r][1] * d[j][3];
+            acc[r][j][0] += scale.x * d[j][0];
+            acc[r][j][1] += scale.x * d[j][1];
+            acc[r][j][2] += scale.y * d[j][2];
+            acc[r][j][3] += scale.y * d[j][3];
           }
           w = next;
         }
@@ -477,7 +495,10 @@ class Kernel {
     }
   }
 
-  __device__ __forceinline__ float tensor_scale() const { return p.tensor_scale != nullptr ? *p.tensor_scale : 1.0f; }
+  // What sums are multiplied with.
+  __device__ __forceinline__ float output_scale() const {
+    return (p.tensor_scale != nullptr ? *p.tensor_scale : 1.0f) * (Codes::kTable ? output_factor : 1.0f);
+  }
 
   __device__ __forceinline__ void finish_in_cta(int tile) const {
     const int lane = fresh_lane();
@@ -486,7 +507,7 @@ class Kernel {
     float bias[C::kRowsPerLane];
     load_bias(row, bias);
     for (int token = wk; token < p.m; token += p.k_warps)
-      store(token, row, add_k_warps(token, lane).v, tensor_scale(), bias);
+      store(token, row, add_k_warps(token, lane).v, output_scale(), bias);
   }
 
   // A CTA finishes 1 / cluster of the tile's rows: `share` lanes' worth. Everyone sends it their sums.
@@ -519,7 +540,7 @@ class Kernel {
       const int row = tile * p.row_warps * C::kRows + (rank * share + slot) * C::kRowsPerLane;
       float bias[C::kRowsPerLane];
       load_bias(row, bias);
-      const float scale = tensor_scale();
+      const float scale = output_scale();
       Barrier::wait(pointer(barrier), pass >> 1 & 1);
       if (row >= p.n) return;
       const int token_step = p.row_warps * p.k_warps * layout::kLanes / share;

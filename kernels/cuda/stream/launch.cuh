@@ -81,13 +81,46 @@ void start_integers(const Weight& w, Params* p) {
   p->zero_high = Codes::kHighRows / high;
 }
 
+// The best factor of a format's own codebook: found once for all of them.
+template <class Codes>
+float factor_for(const float* codebook) {
+  struct Factors {
+    float of[kFormatCount];
+    Factors() {
+      const auto round = [](float v) {
+        return std::is_same_v<typename Codes::T, __half> ? fp16_to_float(float_to_fp16(v))
+                                                         : bf16_to_float(float_to_bf16(v));
+      };
+      for (int i = 0; i < kFormatCount; ++i) {
+        of[i] = 1;
+        if (kFormats[i].codebook == nullptr || kFormats[i].levels() != kCodebookSize) continue;
+        for (int f = 1; f < kFactors; ++f) {
+          if (rounding_error(kFormats[i].codebook, factor_at(f), round) <
+              rounding_error(kFormats[i].codebook, of[i], round)) {
+            of[i] = factor_at(f);
+          }
+        }
+      }
+    }
+  };
+  static const Factors factors;
+  for (int i = 0; i < kFormatCount; ++i) {
+    if (kFormats[i].codebook == codebook) return factors.of[i];
+  }
+  return 1;
+}
+
 template <class Codes>
 const char* gemm(const GemmProblem& problem) {
   for (int64_t token = 0; token < problem.m; token += kMaxTokens) {
     const int tokens = static_cast<int>(problem.m - token < kMaxTokens ? problem.m - token : kMaxTokens);
     const Candidates candidates = candidates_for<Codes>(problem.weight, tokens);
     Params params = params_of(problem, token, tokens);
-    if constexpr (!Codes::kTable) start_integers<Codes>(problem.weight, &params);
+    if constexpr (Codes::kTable) {
+      if (!problem.weight.codebook_on_device) params.codebook_factor = factor_for<Codes>(problem.weight.codebook);
+    } else {
+      start_integers<Codes>(problem.weight, &params);
+    }
     Plan plan;
     const Compiled* kernel = choose_plan(problem, tokens, candidates, device_properties(), &params, &plan);
     if (kernel == nullptr) return "no split of the problem fits this device's shared memory";

@@ -57,6 +57,7 @@ struct Params {
   uint32_t start_low, start_high;
   float zero_low, zero_high;      // a zero point's factor of that start
   float codebook[kCodebookSize];  // where codebook_data is nullptr
+  float codebook_factor;          // of the same: codebook_factor.hpp
   const float* codebook_data;
   const float* nested_map;
   const float* nested_absmax;

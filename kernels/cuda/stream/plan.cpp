@@ -13,30 +13,34 @@ int log2_of(int64_t power) {
   return log;
 }
 
-// What a launch takes beyond a constant, in ns: the slowest of what the kernel waits for, plus what a split adds. The
-// rates were fitted to 2600 measured launches (int4, bf16, M = 1..32, eight shapes; H200, 2026-11-21).
+// What a launch takes beyond a constant, in ns: reading the weights, and a share of what that does not hide. The rates
+// were fitted to 12,000 measured launches (int4 and nf4, bf16, M = 1..32, ten shapes; H200, 2026-11-21).
 double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device,
                const Params& p) {
-  constexpr double kMemoryRate = 33;  // bytes per ns and SM, all SMs reading
-  constexpr double kIngestRate = 49;  // the same with what comes from L2
-  constexpr double kCtaRate = 60;     // of a CTA on its own
-  constexpr double kIssueRate = 7;    // instructions per ns of an SM with 16 warps
+  constexpr double kMemoryRate = 33;  // bytes per ns and SM, all SMs reading weights
+  constexpr double kCtaRate = 60;     // the same of a CTA on its own
+  constexpr double kXRate = 150;      // x, which comes from L2
+  constexpr double kIssueRate = 7;    // instructions per ns of an SM
+  constexpr double kIssueShare = 0.5;
+  constexpr double kSumRate = 225;                     // bytes of partial sums per ns and SM
+  constexpr double kCluster[] = {0, 750, 1200, 1700};  // of 1, 2, 4, 8 CTAs
+  constexpr double kPass = 500;
+  constexpr double kRowWarp = 30;
   const int atoms = kernel.rows / layout::kAtomRows;
   const int warps = p.row_warps * p.k_warps;
-  const int passes = static_cast<int>(layout::ceil_div(p.tiles, p.clusters));
+  const double passes = static_cast<double>(layout::ceil_div(p.tiles, p.clusters));
+  const double ctas = double(p.tiles) * p.cluster;                                     // one pass of all tiles
   const double blocks = double(layout::blocks_along_k(problem.weight.k)) / p.cluster;  // of a CTA and unit
   const double weight_bytes =
       blocks * p.row_warps * (atoms * layout::atom_bytes(4) + p.group_scale_bytes + p.group_zero_bytes);
   const double x_bytes = blocks * (kernel.shared_x ? 1 : p.row_warps) * p.x_stage_bytes;
   const double instructions =
       blocks * p.row_warps * (100 + 12 * kernel.token_tiles + atoms * (37 + 8 * kernel.token_tiles));
-  const double ctas = double(p.tiles) * p.cluster;  // one pass of all tiles
   const double memory = ctas * weight_bytes / (kMemoryRate * device.sms);
-  const double ingest = ctas * (weight_bytes + x_bytes) / (kIngestRate * device.sms);
-  const double cta = passes * (weight_bytes + x_bytes) / kCtaRate;
-  const double issue = passes * instructions / (kIssueRate * std::min(1.0, warps / 12.0));
-  return std::max(std::max(memory, ingest), std::max(cta, issue)) + 500 * (passes - 1) + (p.cluster > 1 ? 250 : 0) +
-         10 * p.k_warps;
+  const double sums = 8.0 * p.row_warps * kernel.rows * p.m * p.k_warps;
+  return std::max(memory, passes * weight_bytes / kCtaRate) + ctas * x_bytes / (kXRate * device.sms) +
+         kIssueShare * passes * instructions / (kIssueRate * std::min(1.0, warps / 12.0)) + passes * sums / kSumRate +
+         kPass * (passes - 1) + kRowWarp * p.row_warps + kCluster[p.cluster_shift];
 }
 
 }  // namespace
@@ -133,6 +137,7 @@ const Compiled* choose_plan(const GemmProblem& problem, int tokens, const Candid
       for (int row_warps = 1; row_warps <= kernel.traits.warps; ++row_warps) {
         // As many warps along K as there are, or as K has blocks for.
         const int k_warps = std::min(kernel.traits.warps / row_warps, blocks / cluster);
+        if (k_warps == 0) continue;
         Params p = start;
         Plan candidate;
         if (!plan_split(problem, tokens, kernel.traits, device, {cluster, row_warps, k_warps}, &p, &candidate))

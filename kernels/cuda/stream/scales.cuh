@@ -74,47 +74,42 @@ class Scales {
     }
   }
 
-  // The scales of one group: [atom][row g, row g + 8].
-  __device__ __forceinline__ void load(const Params& p, uint32_t raw, int group, float (&scale)[C::kAtoms][2]) const {
+  // The scales of one group of a lane, as they are stored: those of 16 bits are converted when they are used, which
+  // saves registers.
+  struct Group {
+    static constexpr int kWords = C::kScales == ScaleSource::k16Bit ? C::kAtoms : 2 * C::kAtoms;
+    uint32_t words[kWords];
+
+    // Of an atom's rows g and g + 8.
+    __device__ __forceinline__ float2 of(int atom) const {
+      float2 pair;
+      if constexpr (C::kScales == ScaleSource::k16Bit) {
+        pair = unpack_pair<typename C::T>(words[atom]);
+      } else {
+        pair = {__uint_as_float(words[2 * atom]), __uint_as_float(words[2 * atom + 1])};
+      }
+      if constexpr (Codes::kHighRows != 1) pair.y *= 1 / Codes::kHighRows;
+      return pair;
+    }
+  };
+
+  __device__ __forceinline__ Group load(uint32_t raw, int group) const {
     const int at = group * layout::kBlockRows + position;
-    if constexpr (C::kScales == ScaleSource::k16Bit) {
-      uint32_t pairs[C::kAtoms];
-      if constexpr (C::kAtoms == 4) {
-        const uint4 v = load_shared_16(raw + at * 2);
-        pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
-      } else if constexpr (C::kAtoms == 2) {
-        const uint2 v = load_shared_8(raw + at * 2);
-        pairs[0] = v.x, pairs[1] = v.y;
-      } else {
-        pairs[0] = load_shared_4(raw + at * 2);
-      }
-#pragma unroll
-      for (int r = 0; r < C::kAtoms; ++r) {
-        const float2 pair = unpack_pair<typename C::T>(pairs[r]);
-        scale[r][0] = pair.x;
-        scale[r][1] = pair.y;
-      }
+    const uint32_t from = C::kScales == ScaleSource::k16Bit ? raw + at * 2 : (kResolve ? resolved : raw) + at * 4;
+    Group loaded;
+    if constexpr (Group::kWords == 1) {
+      loaded.words[0] = load_shared_4(from);
+    } else if constexpr (Group::kWords == 2) {
+      const uint2 v = load_shared_8(from);
+      loaded.words[0] = v.x, loaded.words[1] = v.y;
     } else {
-      const uint32_t from = (kResolve ? resolved : raw) + at * 4;
-      if constexpr (C::kAtoms == 1) {
-        const float2 v = load_shared_float2(from);
-        scale[0][0] = v.x;
-        scale[0][1] = v.y;
-      } else {
 #pragma unroll
-        for (int r = 0; r < C::kAtoms; r += 2) {
-          const uint4 v = load_shared_16(from + r * 8);
-          scale[r][0] = __uint_as_float(v.x);
-          scale[r][1] = __uint_as_float(v.y);
-          scale[r + 1][0] = __uint_as_float(v.z);
-          scale[r + 1][1] = __uint_as_float(v.w);
-        }
+      for (int i = 0; i < Group::kWords; i += 4) {
+        const uint4 v = load_shared_16(from + i * 4);
+        loaded.words[i] = v.x, loaded.words[i + 1] = v.y, loaded.words[i + 2] = v.z, loaded.words[i + 3] = v.w;
       }
     }
-    if constexpr (Codes::kHighRows != 1) {
-#pragma unroll
-      for (int r = 0; r < C::kAtoms; ++r) scale[r][1] *= 1 / Codes::kHighRows;
-    }
+    return loaded;
   }
 
   // Zero points of an atom's rows g and g + 8, as multiples of the accumulators' start.
