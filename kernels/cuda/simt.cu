@@ -8,11 +8,11 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cluster_launch.hpp"
+#include "kernels/cuda/codebook.hpp"
 #include "kernels/cuda/device.hpp"
-#include "kernels/cuda/simt_codebook.hpp"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/simt_codes.cuh"
 #include "kernels/cuda/simt_plan.hpp"
-#include "kernels/cuda/simt_ptx.cuh"
 #include "kernels/decode.hpp"
 #include "kernels/instance.hpp"
 
@@ -62,7 +62,7 @@ enum class Groups { kWhole, kSteps, kFlat };
 
 struct Params {
   Weight weight;
-  Codebook codebook;
+  CodebookParameter codebook;
   const void* x;
   void* y;
   const void* bias;
@@ -378,8 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   }
   float* const map = reinterpret_cast<float*>(shared + p.map);
   if constexpr (Codes::kIsCodebook) {
-    const float* device = p.codebook.device;
-    const float value = lane < 1 << Codes::kBits ? (device != nullptr ? device[lane] : p.codebook.values[lane]) : 0.0f;
+    const float value = lane < 1 << Codes::kBits ? p.codebook.value(lane) : 0.0f;
     Codes::fill_table(shared, value, threadIdx.x, kThreads);
   }
   if (p.weight.scale_type == ScaleType::kNested) {
@@ -471,7 +470,7 @@ const char* run(const GemmProblem& problem) {
   const int64_t packed_groups = layout::packed_groups(w.k, w.group_size);
   Params p{};
   p.weight = w;
-  p.codebook = codebook_of(w);
+  p.codebook = CodebookParameter::of(w);
   p.x = problem.x;
   p.y = problem.y;
   p.bias = problem.bias;
