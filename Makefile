@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUTLASS_VERSION := 4.2.0.0
 export CUTLASS_HOME ?= $(CURDIR)/$(VENV)/cutlass/cutlass_library/source
-CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cu' 'kernels/*.cuh' 'cutlass_ext/*.hpp' 'cutlass_ext/*.cpp' \
-         'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
+CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cpp' 'kernels/*.cu' 'kernels/*.cuh' 'cutlass_ext/*.hpp' \
+         'cutlass_ext/*.cpp' 'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
 BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
 
 .PHONY: run test lint format sanitize spills bench clean
