@@ -318,10 +318,11 @@ __global__ void __launch_bounds__(kThreads)
     table.fill(tree);
     __syncthreads();
   }
-  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  // 32 bits, so that the division is no call: 2^32 groups of more than 512 weights fit no memory.
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / kWarpSize, groups = static_cast<uint32_t>(p.groups);
   const int lane = threadIdx.x % kWarpSize;
   if (index >= p.n * p.groups) return;
-  const int64_t n = index / p.groups, first = index % p.groups * p.group_size;
+  const int64_t n = index / groups, first = index % groups * p.group_size;
   const int64_t length = min(p.group_size, p.k - first);
   Range range;
 #pragma unroll 4
