@@ -1,16 +1,17 @@
 # make run   quantize a real model and run it        make test   all tests
 # make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
 # make bench a short benchmark, on the GPU if there is one
+#                                                    make spills     compiles the CUDA kernels for sm_80 and sm_90a
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CUTLASS_VERSION := 4.2.0.0
 export CUTLASS_HOME ?= $(CURDIR)/$(VENV)/cutlass/cutlass_library/source
-CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cu' 'kernels/*.cuh' 'cutlass_ext/*.hpp' 'cutlass_ext/*.cpp' \
-         'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
+CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cpp' 'kernels/*.cu' 'kernels/*.cuh' 'cutlass_ext/*.hpp' \
+         'cutlass_ext/*.cpp' 'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
 BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
 
-.PHONY: run test lint format sanitize bench clean
+.PHONY: run test lint format sanitize spills bench clean
 
 run: $(VENV)/.demo
 	$(BIN)/python examples/quantize_minilm.py
@@ -35,6 +36,9 @@ sanitize: $(VENV)/.tools
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCX_SANITIZE=ON -DCX_TESTS=ON -DCX_TORCH=OFF
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/contract_test
+
+spills: $(VENV)/.tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/check_spills.py
 
 bench: $(VENV)/.build
 	$(BIN)/python -m pyquant bench

@@ -18,11 +18,13 @@ struct CodebookParameter {
     return codebook;
   }
 
+  __device__ float value(int code) const { return own != nullptr ? own[code] : values[code]; }
+
   // Threads 0 .. 31 of a block fill its table in shared memory; no barrier.
   template <int kBits>
   __device__ void copy_to(float* table) const {
     const int i = threadIdx.x;
-    if (i < 1 << kBits) table[i] = own != nullptr ? own[i] : values[i];
+    if (i < 1 << kBits) table[i] = value(i);
   }
 };
 

@@ -249,8 +249,10 @@ __device__ uint4 round_chunk(const float (&values)[kChunk]) {
   }
 }
 
+// Flat groups of canonical codes take 40 registers: told nothing, the compiler spills to stay within 32.
 template <int kBits, CodeOrder kOrder, bool kPacked, bool kFlat, class Out>
-__global__ void __launch_bounds__(kTileThreads) dequantize_tile(const __grid_constant__ DequantParameters p) {
+__global__ void __launch_bounds__(kTileThreads, kFlat && !kPacked ? 6 : 0)
+    dequantize_tile(const __grid_constant__ DequantParameters p) {
   constexpr int kChunk = 16 / sizeof(Out);
   constexpr int kRowThreads = kTileK / kChunk;  // of one row
   constexpr int kPassRows = kTileThreads / kRowThreads;

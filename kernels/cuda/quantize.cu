@@ -1,10 +1,10 @@
 // One pass over w: lanes of a warp share a group, find its range, store its scale and then its codes, eight codes
 // (kBits whole bytes) at a time. Groups of up to 512 weights stay in registers; longer ones are read twice, the second
 // time from a cache. Where flat groups cross row ends, scales and codes are two passes: codes are packed row by row.
-#include <cfloat>
 #include <cmath>
 
 #include "kernels/cuda/launch.hpp"
+#include "kernels/cuda/nested_absmax.hpp"
 #include "kernels/cuda/quantize.hpp"
 #include "kernels/cuda/search_tree.hpp"
 #include "kernels/encode.hpp"
@@ -318,10 +318,11 @@ __global__ void __launch_bounds__(kThreads)
     table.fill(tree);
     __syncthreads();
   }
-  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  // 32 bits, so that the division is no call: 2^32 groups of more than 512 weights fit no memory.
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / kWarpSize, groups = static_cast<uint32_t>(p.groups);
   const int lane = threadIdx.x % kWarpSize;
   if (index >= p.n * p.groups) return;
-  const int64_t n = index / p.groups, first = index % p.groups * p.group_size;
+  const int64_t n = index / groups, first = index % groups * p.group_size;
   const int64_t length = min(p.group_size, p.k - first);
   Range range;
 #pragma unroll 4
@@ -397,66 +398,6 @@ __global__ void __launch_bounds__(kThreads) find_absmax(const __grid_constant__ 
 __global__ void store_tensor_scale(const __grid_constant__ Parameters p) {
   const float absmax = __uint_as_float(p.status->absmax);
   *const_cast<float*>(p.weight.tensor_scale) = absmax > 0 ? __fdiv_rn(absmax, __fmul_rn(p.largest, 448.0f)) : 1.0f;
-}
-
-// ---- nested absmax
-
-constexpr int kSumBlocks = 256;
-
-// The sum over a block of threads, in a fixed order; valid in all threads.
-__device__ double block_sum(double value) {
-  __shared__ double sums[kWarps];
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  }
-  if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  value = 0;
-  for (int i = 0; i < kWarps; ++i) value += sums[i];
-  return value;
-}
-
-__global__ void __launch_bounds__(kThreads) sum_absmax(const float* absmax, int64_t count, double* sums) {
-  double sum = 0;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{kSumBlocks} * kThreads) {
-    sum += absmax[i];
-  }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-// 256 absmax values a block: less their mean, over their largest, to the nearest entry of the map.
-__global__ void __launch_bounds__(kThreads) nest_absmax(const float* absmax, int64_t count, const double* sums,
-                                                        const __grid_constant__ Weight w, QuantizeStatus* status) {
-  static_assert(kThreads == kNestedBlock && kThreads == kNestedMapSize && kThreads == kSumBlocks);
-  constexpr int kMapBits = 8;
-  __shared__ float boundaries[kNestedMapSize];
-  __shared__ uint32_t largest;
-  const int i = threadIdx.x;
-  if (i == 0) largest = 0;
-  if (i + 1 < kNestedMapSize) {
-    boundaries[SearchTree<kMapBits>::node_of(i)] = __fadd_rn(w.nested_map[i + 1], w.nested_map[i]) / 2;
-  }
-  const double sum = block_sum(sums[i]);  // also the barrier for what stands above
-  const auto offset = static_cast<float>(sum / static_cast<double>(count));
-  const int64_t at = int64_t{blockIdx.x} * kNestedBlock + i;
-  const float centred = at < count ? __fsub_rn(absmax[at], offset) : 0.0f;
-  atomicMax(&largest, __float_as_uint(centred) & 0x7FFFFFFFu);
-  __syncthreads();
-  const float second = __uint_as_float(largest);
-  if (i == 0) {
-    const_cast<float*>(w.nested_absmax)[blockIdx.x] = second;
-    if (blockIdx.x == 0) {
-      *const_cast<float*>(w.nested_offset) = offset;
-      if (!(sum <= double{FLT_MAX})) status->large_sum = 1;
-    }
-  }
-  if (at >= count) return;
-  const float x = second > 0 ? __fdiv_rn(centred, second) : centred;
-  int node = 1;
-#pragma unroll
-  for (int level = 0; level < kMapBits; ++level) node = 2 * node + (boundaries[node] < x);
-  static_cast<uint8_t*>(const_cast<void*>(w.scales))[at] = static_cast<uint8_t>(node - kNestedMapSize);
 }
 
 // ---- launches
@@ -549,14 +490,13 @@ int64_t block_count(const Weight& w) {
 
 size_t quantize_workspace(const Weight& w) {
   if (w.scale_type != ScaleType::kNested) return 0;
-  return kSumBlocks * sizeof(double) + static_cast<size_t>(block_count(w)) * sizeof(float);
+  return nested_workspace(block_count(w));
 }
 
 const char* quantize(const QuantizeProblem& problem) {
   const Weight& w = problem.weight;
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const bool nested = w.scale_type == ScaleType::kNested;
-  auto* sums = static_cast<double*>(problem.workspace);
   Parameters p{};
   p.weight = w;
   p.steps = problem.steps;
@@ -574,16 +514,11 @@ const char* quantize(const QuantizeProblem& problem) {
   p.groups = w.groups();
   p.group_size = w.group_size;
   p.group_shift = w.flat_scales ? __builtin_ctzll(static_cast<uint64_t>(w.group_size)) : 0;
-  p.absmax = nested ? reinterpret_cast<float*>(sums + kSumBlocks) : nullptr;
+  p.absmax = nested ? absmax_to_nest(problem.workspace) : nullptr;
   p.status = problem.status;
   cudaMemsetAsync(problem.status, 0, sizeof(QuantizeStatus), stream);
   launch(problem, p);
-  if (nested) {
-    const int64_t count = block_count(w);
-    sum_absmax<<<kSumBlocks, kThreads, 0, stream>>>(p.absmax, count, sums);
-    const auto grid = static_cast<unsigned>(layout::ceil_div(count, kNestedBlock));
-    nest_absmax<<<grid, kThreads, 0, stream>>>(p.absmax, count, sums, w, problem.status);
-  }
+  if (nested) nest_absmax(problem.workspace, block_count(w), w, problem.status, stream);
   return launch_error();
 }
 

@@ -8,11 +8,11 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cluster_launch.hpp"
+#include "kernels/cuda/codebook.hpp"
 #include "kernels/cuda/device.hpp"
-#include "kernels/cuda/simt_codebook.hpp"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/simt_codes.cuh"
 #include "kernels/cuda/simt_plan.hpp"
-#include "kernels/cuda/simt_ptx.cuh"
 #include "kernels/decode.hpp"
 #include "kernels/instance.hpp"
 
@@ -62,7 +62,7 @@ enum class Groups { kWhole, kSteps, kFlat };
 
 struct Params {
   Weight weight;
-  Codebook codebook;
+  CodebookParameter codebook;
   const void* x;
   void* y;
   const void* bias;
@@ -88,32 +88,31 @@ template <class Codes, Groups kGroups>
 struct UnitSource {
   static constexpr int kPieces = kSimtUnitAtoms * layout::atom_bytes(Codes::kBits) / 16;
 
-  const uint8_t* codes;
-  const uint8_t* scales;
-  const uint8_t* zeros;
-  int64_t second;  // number of the first group of row lane / 4 + 8 * (lane % 4), or -1 beyond N
-  int scale_size, zero_size;
+  // Registers are short with 8 tokens, so places are numbers of 32 bits, and what only some formats have is compiled
+  // only for those.
+  uint32_t code_piece;   // of 16 bytes
+  uint32_t scale_piece;  // of kLaneRows scales, or zeros
+  int32_t absmax_row;    // row lane / 4 + 8 * (lane % 4), or -1 beyond N: that of the second-level absmax
 
   __device__ __forceinline__ UnitSource(const Params& p, int64_t row, int lane) {
     const Weight& w = p.weight;
-    codes = w.codes + layout::atom_offset(row, 0, w.k, Codes::kBits) + lane * 16;
+    code_piece = static_cast<uint32_t>(layout::atom_offset(row, 0, w.k, Codes::kBits) / 16) + lane;
     if constexpr (kGroups != Groups::kFlat) {
       // Lane = 8 * group + g takes the four values of g's rows.
       const int64_t first = row / layout::kBlockRows * p.packed_groups * layout::kBlockRows +
                             layout::scale_position(static_cast<int>(row % layout::kBlockRows)) +
                             lane / 8 * layout::kBlockRows + lane % 8 * 8;
-      scale_size = size_of(w.scale_type);
-      zero_size = cutlass_ext::zero_size(w.zero_type, w.scale_type);
-      scales = static_cast<const uint8_t*>(w.scales) + first * scale_size;
-      zeros = static_cast<const uint8_t*>(w.zeros) + first * zero_size;
+      scale_piece = static_cast<uint32_t>(first / kLaneRows);
       const int64_t n = row + lane % kQuad * 8 + lane / kQuad;
-      second = n < w.n ? n * p.row_groups : -1;
+      absmax_row = n < w.n ? static_cast<int32_t>(n) : -1;
     }
   }
 
   // Requests the unit of a k block.
   __device__ __forceinline__ void request(const Params& p, uint8_t* stage, int block, int lane) const {
-    const uint8_t* const from = codes + int64_t{block} * layout::block_bytes(Codes::kBits);
+    const Weight& w = p.weight;
+    const uint8_t* const from =
+        w.codes + uint64_t{code_piece} * 16 + int64_t{block} * layout::block_bytes(Codes::kBits);
 #pragma unroll
     for (int first = 0; first < kPieces; first += layout::kLanes) {
       if (first + layout::kLanes <= kPieces || first + lane < kPieces) {
@@ -122,16 +121,18 @@ struct UnitSource {
     }
     if constexpr (kGroups != Groups::kFlat) {
       const unsigned group = static_cast<unsigned>(block) * layout::kBlockK >> p.group_shift;
-      if (lane < p.groups * 8) copy_values(stage + p.memory.scales, scales, scale_size, group, lane);
-      if (p.memory.decoded_zeros != 0 && lane < p.groups * 8) {
-        copy_values(stage + p.memory.zeros, zeros, zero_size, group, lane);
+      if (lane < p.groups * 8) {
+        copy_values(stage + p.memory.scales, w.scales, size_of(w.scale_type), group, lane);
+        if constexpr (Codes::kZeros) {
+          copy_values(stage + p.memory.zeros, w.zeros, zero_size(w.zero_type, w.scale_type), group, lane);
+        }
       }
-      if (p.weight.scale_type == ScaleType::kNested) {
+      if (Codes::kIsCodebook && w.scale_type == ScaleType::kNested) {
 #pragma unroll 1
         for (int i = 0; i < p.groups; ++i) {
           // Padding has no second level.
-          const bool valid = second >= 0 && group + i < p.row_groups;
-          const float* absmax = p.weight.nested_absmax + (valid ? (second + group + i) / kNestedBlock : 0);
+          const bool valid = absmax_row >= 0 && group + i < p.row_groups;
+          const float* absmax = w.nested_absmax + (valid ? (absmax_row * p.row_groups + group + i) / kNestedBlock : 0);
           copy_async<4>(stage + p.memory.second + (i * layout::kLanes + lane) * 4, absmax, valid);
         }
       }
@@ -139,9 +140,11 @@ struct UnitSource {
   }
 
  private:
-  __device__ __forceinline__ static void copy_values(uint8_t* to, const uint8_t* from, int size, unsigned group,
-                                                     int lane) {
-    from += uint64_t{group} * static_cast<unsigned>(layout::kBlockRows * size);
+  // The lane's kLaneRows values of `size` bytes.
+  __device__ __forceinline__ void copy_values(uint8_t* to, const void* values, int size, unsigned group,
+                                              int lane) const {
+    const uint64_t piece = uint64_t{group} * (layout::kBlockRows / kLaneRows) + scale_piece;
+    const uint8_t* const from = static_cast<const uint8_t*>(values) + piece * static_cast<unsigned>(kLaneRows * size);
     to += lane * kLaneRows * size;
     if (size == 4) {
       copy_async<16>(to, from);
@@ -359,9 +362,9 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   const int lane = threadIdx.x % layout::kLanes, warp = threadIdx.x / layout::kLanes;
   const int cluster = p.plan.cluster, rank = static_cast<int>(blockIdx.x) & (cluster - 1);
   const unsigned tile = blockIdx.x >> p.cluster_shift, token_tiles = static_cast<unsigned>(p.plan.token_tiles);
-  const int64_t row_tile = tile / token_tiles, first_token = int64_t{tile % token_tiles} * kTokens;
+  const unsigned row_tile = tile / token_tiles, token_tile = tile % token_tiles;
   const int row_warp = warp & (p.plan.row_warps - 1), k_warps = p.plan.k_warps(), k_warp = warp / p.plan.row_warps;
-  const int64_t row = (row_tile * p.plan.row_warps + row_warp) * kSimtUnitRows;
+  const int64_t row = (int64_t{row_tile} * p.plan.row_warps + row_warp) * kSimtUnitRows;
   const int begin = static_cast<int>(int64_t{p.blocks} * rank >> p.cluster_shift);
   const int last = static_cast<int>(int64_t{p.blocks} * (rank + 1) >> p.cluster_shift);
   const int end = row < p.weight.n ? last : begin;  // warps beyond N have no blocks
@@ -378,8 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   }
   float* const map = reinterpret_cast<float*>(shared + p.map);
   if constexpr (Codes::kIsCodebook) {
-    const float* device = p.codebook.device;
-    const float value = lane < 1 << Codes::kBits ? (device != nullptr ? device[lane] : p.codebook.values[lane]) : 0.0f;
+    const float value = lane < 1 << Codes::kBits ? p.codebook.value(lane) : 0.0f;
     Codes::fill_table(shared, value, threadIdx.x, kThreads);
   }
   if (p.weight.scale_type == ScaleType::kNested) {
@@ -394,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   for (int chunk = begin; chunk < last; chunk += p.plan.chunk_blocks) {
     const int chunk_end = min(chunk + p.plan.chunk_blocks, last);
     if (chunk != begin) __syncthreads();  // the last chunk was read
-    load_x<kTokens>(p, x, first_token, chunk, chunk_end - chunk);
+    load_x<kTokens>(p, x, int64_t{token_tile} * kTokens, chunk, chunk_end - chunk);
     __syncthreads();
     for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
@@ -434,11 +436,14 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   }
   __syncthreads();
   float* const block_sums = x + k_warps * count;
+  const auto store = [&](int i, float sum) {
+    store_output(p, int64_t{token_tile} * kTokens + i / tile_rows, int64_t{row_tile} * tile_rows + i % tile_rows, sum);
+  };
   for (int i = threadIdx.x; i < count; i += kThreads) {
     float sum = x[i];
     for (int part = 1; part < k_warps; ++part) sum += x[part * count + i];
     if (cluster == 1) {
-      store_output(p, first_token + i / tile_rows, row_tile * tile_rows + i % tile_rows, sum);
+      store(i, sum);
     } else {
       block_sums[i] = sum;
     }
@@ -448,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   for (int i = rank * kThreads + threadIdx.x; i < count; i += cluster * kThreads) {
     float sum = 0.0f;
     for (int part = 0; part < cluster; ++part) sum += load_from_cta(block_sums + i, part);
-    store_output(p, first_token + i / tile_rows, row_tile * tile_rows + i % tile_rows, sum);
+    store(i, sum);
   }
   cluster_wait_for_all();  // the others read this one's shared memory
 }
@@ -471,7 +476,7 @@ const char* run(const GemmProblem& problem) {
   const int64_t packed_groups = layout::packed_groups(w.k, w.group_size);
   Params p{};
   p.weight = w;
-  p.codebook = codebook_of(w);
+  p.codebook = CodebookParameter::of(w);
   p.x = problem.x;
   p.y = problem.y;
   p.bias = problem.bias;
@@ -523,7 +528,7 @@ template <class Codes>
 const char* run_codes(const GemmProblem& p) {
   if constexpr (Codes::kIsCodebook) {
     // Rare: blocks of a codebook format across row ends.
-    if (p.weight.flat_scales) return run<Codes, kMaxTokens, Groups::kFlat>(p);
+    if (p.weight.flat_scales) return run<Codes, 4, Groups::kFlat>(p);
   }
   const bool whole = p.weight.group_size >= layout::kBlockK || p.weight.groups() == 1;
   return whole ? run_groups<Codes, Groups::kWhole>(p) : run_groups<Codes, Groups::kSteps>(p);
@@ -550,11 +555,28 @@ const char* simt_gemm(const GemmProblem& p) {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % layout::kMaxPieceBytes == 0; }
 
+// UnitSource's numbers.
+bool fits_32_bits(const Weight& w) {
+  return w.n <= INT32_MAX && layout::packed_code_bytes(w.n, w.k, w.bits) / 16 <= UINT32_MAX;
+}
+
+// Only codebooks have nested scales: UnitSource.
+constexpr bool formats_as_compiled() {
+  for (const Format& format : kFormats) {
+    if (format.encoding != Encoding::kCodebook &&
+        (format.scale_types >> static_cast<int>(ScaleType::kNested) & 1) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+static_assert(formats_as_compiled());
+
 template <DType kDType>
 bool simt_supports(const GemmProblem& p) {
   const bool int8_zeros = p.weight.bits == 8 && p.weight.zero_type != ZeroType::kNone;  // no format has them
-  return p.dtype == kDType && !int8_zeros && is_aligned(p.weight.codes) && is_aligned(p.weight.scales) &&
-         is_aligned(p.weight.zeros);
+  return p.dtype == kDType && !int8_zeros && fits_32_bits(p.weight) && is_aligned(p.weight.codes) &&
+         is_aligned(p.weight.scales) && is_aligned(p.weight.zeros);
 }
 
 }  // namespace
