@@ -1,6 +1,7 @@
 # Whether CUDA is built: CX_CUDA (ON or OFF) and CX_CUDA_STATUS, the sentence that cx_build_info reports.
 #
-# PYQUANT_CUDA=off|on|auto (environment or cache; auto: if nvcc is found), PYQUANT_ARCHS: list of architectures.
+# PYQUANT_CUDA=off|on|auto (environment or cache; auto: if nvcc is found), PYQUANT_ARCHS: list of architectures;
+# 80-virtual: PTX for sm_80 and up.
 set(PYQUANT_CUDA "$ENV{PYQUANT_CUDA}" CACHE STRING "off, on or auto")
 set(PYQUANT_ARCHS "$ENV{PYQUANT_ARCHS}" CACHE STRING "CUDA architectures, such as 80;90a")
 set(CX_CUDA OFF)
@@ -22,7 +23,7 @@ if(NOT PYQUANT_ARCHS)
   set(PYQUANT_ARCHS 90a)
 endif()
 set(CMAKE_CUDA_ARCHITECTURES "${PYQUANT_ARCHS}")
-list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND -real)
+list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND -real REGEX "^[0-9]+[af]?$")
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 include("${CMAKE_CURRENT_LIST_DIR}/cutlass.cmake") # CX_CUTLASS_INCLUDE, CX_CUTLASS_VERSION
