@@ -8,75 +8,10 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/lane_codes.hpp"
 #include "kernels/layout.hpp"
 
 namespace cutlass_ext::cuda {
-
-// Words of a lane's 32 codes, plane by plane.
-template <int kBits>
-struct LaneWords {
-  static constexpr layout::Planes kPlanes = layout::planes_of(kBits);
-  uint32_t low[kPlanes.bits[0]];
-  uint32_t high[kPlanes.count == 2 ? kPlanes.bits[1] : 1];
-
-  // `atom`: in shared memory.
-  __device__ __forceinline__ void load(const uint8_t* atom, int lane) {
-    load_plane<kPlanes.bits[0]>(low, atom, lane);
-    if constexpr (kPlanes.count == 2) {
-      load_plane<kPlanes.bits[1]>(high, atom + layout::kLanes * 4 * kPlanes.bits[0], lane);
-    }
-  }
-
- private:
-  template <int kPlaneBits>
-  __device__ __forceinline__ static void load_plane(uint32_t* words, const uint8_t* plane, int lane) {
-    if constexpr (kPlaneBits == 1) {
-      words[0] = *reinterpret_cast<const uint32_t*>(plane + lane * 4);
-    } else if constexpr (kPlaneBits == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(plane + lane * 8);
-      words[0] = v.x, words[1] = v.y;
-    } else {
-#pragma unroll
-      for (int piece = 0; piece < kPlaneBits / 4; ++piece) {
-        const uint4 v = *reinterpret_cast<const uint4*>(plane + (piece * layout::kLanes + lane) * 16);
-        words[4 * piece] = v.x, words[4 * piece + 1] = v.y, words[4 * piece + 2] = v.z, words[4 * piece + 3] = v.w;
-      }
-    }
-  }
-};
-
-// Position of a code among the words of a plane.
-struct WordPosition {
-  int word;
-  int bit;
-};
-
-constexpr WordPosition word_position(int plane_bits, layout::CodeOrder order, int step, int value) {
-  const int index = step * layout::kCodesPerStep + value, per_word = 32 / plane_bits, in_word = index % per_word;
-  return {index / per_word,
-          order == layout::CodeOrder::kPairs ? plane_bits * in_word : plane_bits * (in_word / 2) + 16 * (in_word % 2)};
-}
-
-// LaneWords and word_position say where kernels/layout.hpp puts the codes.
-constexpr bool words_match_layout(int bits, layout::CodeOrder order) {
-  const layout::Planes planes = layout::planes_of(bits);
-  int base = 0;
-  for (int plane = 0; plane < planes.count; ++plane) {
-    const int p = planes.bits[plane], piece_words = p < 4 ? p : 4;
-    for (int lane = 0; lane < layout::kLanes; ++lane) {
-      for (int index = 0; index < layout::kCodesPerLane; ++index) {
-        const layout::Fragment f{lane, index / layout::kCodesPerStep, index % layout::kCodesPerStep};
-        const WordPosition at = word_position(p, order, f.step, f.value);
-        const int byte = base + (at.word / piece_words * layout::kLanes + lane) * piece_words * 4 +
-                         at.word % piece_words * 4 + at.bit / 8;
-        const layout::BitAddress expected = layout::plane_address(f, bits, plane, order);
-        if (expected.byte != byte || expected.shift != at.bit % 8) return false;
-      }
-    }
-    base += layout::kLanes * 4 * p;
-  }
-  return true;
-}
 
 // Where the lookup table stands in a thread block's shared memory, so that a lookup needs no addition: dynamic shared
 // memory starts there (the first kilobyte is the system's). In a cluster the block's rank stands in bits 24 and up.
@@ -123,8 +58,7 @@ struct CodebookCodes {
   static constexpr int kEntryBytes = 128;
   static constexpr int kTableBytes = kEntries * kEntryBytes;
   static constexpr auto kOrder = layout::CodeOrder::kPairs;
-  static_assert(words_match_layout(kBits, kOrder));
-  using Words = LaneWords<kBits>;
+  using Words = LaneCodes<kBits, kOrder>;
 
   // All threads of the block. `value`: the codebook's entry number `lane`.
   __device__ __forceinline__ static void fill_table(uint8_t* table, float value, int thread, int threads) {
@@ -167,11 +101,11 @@ struct CodebookCodes {
     if constexpr (kPair < layout::kCodesPerStep / 2) {
       float* const out = weights[kPair % 2] + kPair / 2 * 2;
       if constexpr (kPairTable) {
-        constexpr WordPosition kAt = word_position(kLow, kOrder, kStep, 2 * kPair);
-        uint32_t offset = move_field<kAt.bit, 2 * kLow, kShift>(words.low[kAt.word]);
+        constexpr auto kAt = Words::place(kStep, 2 * kPair, 0);
+        uint32_t offset = move_field<kAt.shift, 2 * kLow, kShift>(words.words[kAt.word]);
         if constexpr (kHigh != 0) {
-          constexpr WordPosition kAtHigh = word_position(kHigh, kOrder, kStep, 2 * kPair);
-          offset |= move_field<kAtHigh.bit, 2 * kHigh, kShift + 2 * kLow>(words.high[kAtHigh.word]);
+          constexpr auto kAtHigh = Words::place(kStep, 2 * kPair, 1);
+          offset |= move_field<kAtHigh.shift, 2 * kHigh, kShift + 2 * kLow>(words.words[kAtHigh.word]);
         }
         offset |= lane;
         const float2 v = table_pair(offset);
@@ -186,10 +120,10 @@ struct CodebookCodes {
 
   template <int kStep, int kValue>
   __device__ __forceinline__ static float lookup(const Words& words, uint32_t lane) {
-    constexpr WordPosition kAt = word_position(kLow, kOrder, kStep, kValue);
-    constexpr WordPosition kAtHigh = word_position(kHigh, kOrder, kStep, kValue);
-    const uint32_t offset = move_field<kAt.bit, kLow, kShift>(words.low[kAt.word]) |
-                            move_field<kAtHigh.bit, kHigh, kShift + kLow>(words.high[kAtHigh.word]) | lane;
+    constexpr auto kAt = Words::place(kStep, kValue, 0);
+    constexpr auto kAtHigh = Words::place(kStep, kValue, 1);
+    const uint32_t offset = move_field<kAt.shift, kLow, kShift>(words.words[kAt.word]) |
+                            move_field<kAtHigh.shift, kHigh, kShift + kLow>(words.words[kAtHigh.word]) | lane;
     return table_value(offset);
   }
 };
@@ -203,8 +137,7 @@ struct IntegerCodes {
   static constexpr int kTableBytes = 0;
   static constexpr auto kOrder = layout::CodeOrder::kHalves;
   static_assert(kBits == 4 || kBits == 8);
-  static_assert(words_match_layout(kBits, kOrder));
-  using Words = LaneWords<kBits>;
+  using Words = LaneCodes<kBits, kOrder>;
 
   __device__ __forceinline__ static void fill_table(uint8_t*, float, int, int) {}
 
@@ -234,15 +167,15 @@ struct IntegerCodes {
   template <int kStep, int kValue>
   __device__ __forceinline__ static void decode_values(const Words& words, const State& state, float (&weights)[2][4]) {
     if constexpr (kValue < layout::kCodesPerStep) {
-      constexpr WordPosition kAt = word_position(kBits, kOrder, kStep, kValue);
-      const uint32_t word = words.low[kAt.word];
+      constexpr auto kAt = Words::place(kStep, kValue, 0);
+      const uint32_t word = words.words[kAt.word];
       float& out = weights[kValue / 2 % 2][kValue % 2 + kValue / 4 * 2];
       if constexpr (kBits == 8) {
-        out = __uint_as_float(__byte_perm(word, state.magic, 0x7440 | kAt.bit / 8)) - state.offsets[0];
+        out = __uint_as_float(__byte_perm(word, state.magic, 0x7440 | kAt.shift / 8)) - state.offsets[0];
       } else {
         // The upper half-word's codes come down first: theirs would reach into the exponent.
-        constexpr int kBit = kAt.bit % 16;
-        const uint32_t half = kAt.bit < 16 ? word : word >> 16;
+        constexpr int kBit = kAt.shift % 16;
+        const uint32_t half = kAt.shift < 16 ? word : word >> 16;
         out = __fmaf_rn(__uint_as_float((half & 0xFu << kBit) | state.magic), 1.0f / (1 << kBit),
                         -state.offsets[kBit / 4]);
       }
