@@ -2,9 +2,9 @@
 
     python scripts/pdl_neighbours.py OUT.csv
 
-For each shape and M: us of a pair (an RMS norm of torch over [M, K], then pyquant.linear on its result), in a CUDA graph
-of pairs on rotating weights, with plain and with dependent launches of the GEMM. The norm has no trigger, so that the
-GEMM's early part can overlap nothing but its end.
+For each shape and M: us of a pair (an RMS norm of torch over [M, K], then pyquant.linear on its result) in a CUDA graph
+of pairs on rotating weights, with plain and with dependent launches of the GEMM. The norm has no trigger, so the GEMM's
+early part overlaps nothing but its end.
 """
 
 from __future__ import annotations
