@@ -59,7 +59,9 @@ struct Config {
   // when they meet before block i.
   static constexpr int kStages = kSharedX ? 3 : 2;
   // Warps of a CTA: what 64 K registers allow without spills.
-  static constexpr bool kLarge = kScales == ScaleSource::kResolved || (Codes::kTable && kAtoms == 4);
+  static constexpr bool kLarge =
+      kScales == ScaleSource::kResolved ||
+      (kAtoms == 4 && (Codes::kTable || (kScales == ScaleSource::kFp32 && Codes::kHighRows != 1)));
   static constexpr int kWarps = kTokenTiles > 2 ? 8 : kTokenTiles == 2 && kLarge ? 12 : kMaxWarps;
   static constexpr int kStepsPerGroup = layout::kSteps / kGroups;
   static constexpr int kTokens = kTokenTiles * kTokensPerTile;
