@@ -4,9 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include "bench.hpp"
+#include <vector>
+#include <string>
+#include <tuple>
+#include "kernels/cuda/stream/launch.cuh"
+using namespace cutlass_ext;
+namespace st = cutlass_ext::cuda::stream;
 #define CK(x) do { cudaError_t e_ = (x); if (e_ != cudaSuccess) { printf("CUDA error %s at %s:%d: %s\n", #x, __FILE__, __LINE__, cudaGetErrorString(e_)); exit(1); } } while (0)
-std::vector<Entry>& registry() { static std::vector<Entry> r; return r; }
 
 __host__ __device__ inline uint32_t hash(uint64_t a) {
   a ^= a >> 33; a *= 0xff51afd7ed558ccdULL; a ^= a >> 33; a *= 0xc4ceb9fe1a85ec53ULL; a ^= a >> 33;
@@ -25,7 +29,7 @@ struct Problem {
 };
 struct Dev { uint8_t *codes, *scales, *zeros; float *codebook, *map, *absmax; void *x, *bias; double* ref; double* base; int64_t code_bytes, scale_bytes, zero_bytes, absmax_count; };
 
-__global__ void pack_codes(uint32_t* out, int64_t N, int64_t K, uint32_t seed, int order) {
+static __global__ void pack_codes(uint32_t* out, int64_t N, int64_t K, uint32_t seed, int order) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i >= N * K) return;
   int64_t n = i / K, k = i % K;
@@ -34,7 +38,7 @@ __global__ void pack_codes(uint32_t* out, int64_t N, int64_t K, uint32_t seed, i
   int64_t byte = layout::atom_offset(n, k, K, 4) + a.byte;
   atomicOr(out + byte / 4, uint32_t(code_of(n, k, K, seed)) << (8 * (byte % 4) + a.shift));
 }
-__global__ void make_scales(Problem p, uint8_t* s, uint8_t* z) {
+static __global__ void make_scales(Problem p, uint8_t* s, uint8_t* z) {
   int64_t gpr = layout::ceil_div(p.k, p.group);
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i >= int64_t(p.n) * gpr) return;
@@ -68,10 +72,10 @@ __device__ inline double dec(double sign, const uint8_t* s, int type, int64_t at
     default: return 0;
   }
 }
-__global__ void reference(Problem p, Dev d, float offset, float tensor_scale, double* ref, double* base) {
+static __global__ void reference(Problem p, Dev d, float offset, float tensor_scale, double* ref, double* base) {
   int64_t n = blockIdx.x, gpr = layout::ceil_div(p.k, p.group);
-  double acc[16], accb[16];
-  for (int m = 0; m < 16; ++m) acc[m] = accb[m] = 0;
+  double acc[32], accb[32];
+  for (int m = 0; m < 32; ++m) acc[m] = accb[m] = 0;
   for (int64_t k = threadIdx.x; k < p.k; k += blockDim.x) {
     int64_t g = k / p.group, at = layout::packed_scale_index(n, g, p.k, p.group);
     double s;
@@ -106,12 +110,12 @@ __global__ void reference(Problem p, Dev d, float offset, float tensor_scale, do
     __syncthreads();
   }
 }
-__global__ void fill_gauss(void* x, int64_t count, int dtype, float s, uint32_t seed) {
+static __global__ void fill_gauss(void* x, int64_t count, int dtype, float s, uint32_t seed) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i < count) { if (dtype) ((__half*)x)[i] = __half(s * gauss(i + (uint64_t(seed) << 40))); else ((__nv_bfloat16*)x)[i] = __nv_bfloat16(s * gauss(i + (uint64_t(seed) << 40))); }
 }
 // sums: |y - ref|^2, |base - ref|^2, |ref|^2, count of non-finite
-__global__ void compare(const void* y, int64_t ldy, int m, int n, int dtype, const double* ref, const double* base, double* out) {
+static __global__ void compare(const void* y, int64_t ldy, int m, int n, int dtype, const double* ref, const double* base, double* out) {
   double a = 0, b = 0, c = 0, bad = 0;
   for (int64_t i = threadIdx.x + blockIdx.x * int64_t(blockDim.x); i < int64_t(m) * n; i += int64_t(blockDim.x) * gridDim.x) {
     int64_t t = i / n, j = i % n;
@@ -121,10 +125,10 @@ __global__ void compare(const void* y, int64_t ldy, int m, int n, int dtype, con
   }
   atomicAdd(out, a); atomicAdd(out + 1, b); atomicAdd(out + 2, c); atomicAdd(out + 3, bad);
 }
-__global__ void check_guard(const uint16_t* y, int m, int n, int64_t ldy, double* bad) {  // columns n..ldy-1 must still be poison
+static __global__ void check_guard(const uint16_t* y, int m, int n, int64_t ldy, double* bad) {  // columns n..ldy-1 must still be poison
   for (int64_t i = threadIdx.x; i < int64_t(m) * (ldy - n); i += blockDim.x) if (y[i / (ldy - n) * ldy + n + i % (ldy - n)] != 0xFFFF) atomicAdd(bad, 1.0);
 }
-template <int U> __global__ void __launch_bounds__(512) read_floor(const uint4* p, int64_t count, int* sink) {
+template <int U> static __global__ void __launch_bounds__(512) read_floor(const uint4* p, int64_t count, int* sink) {
   uint4 a{0, 0, 0, 0};
   int64_t per = (count + gridDim.x - 1) / gridDim.x, b = blockIdx.x * per, e = min(b + per, count);
   for (int64_t i = b + threadIdx.x; i < e; i += blockDim.x * U) {
@@ -140,25 +144,6 @@ static const float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f
 static const float kOffset = 0.02f;
 
 static int64_t up(int64_t v) { return (v + 255) / 256 * 256; }
-static Params params_of(const Problem& q, const Dev& d) {
-  Params p{};
-  p.codes = d.codes; p.scales = d.scales; p.zeros = q.zero_type ? d.zeros : nullptr; p.codebook = d.codebook; p.nested_map = d.map; p.nested_absmax = d.absmax;
-  p.x = (const char*)d.x + 2 * q.xoff; p.bias = q.has_bias ? d.bias : nullptr; p.ldx = q.ldx;
-  p.k_blocks = int(layout::blocks_along_k(q.k)); p.slabs = int(layout::slabs(q.n)); p.atoms = p.slabs * 4;
-  p.slab_units = p.k_blocks * 128;
-  p.scale_size = q.size(); p.zero_size = q.zsize(); p.scale_type = q.scale_type; p.zero_type = q.zero_type;
-  int64_t pg = layout::packed_groups(q.k, q.group);
-  p.slab_scale_units = pg * 4 * p.scale_size; p.slab_zero_units = pg * 4 * p.zero_size;
-  p.groups = int(layout::ceil_div(q.k, q.group));
-  p.group_shift = 0;
-  if (q.group >= q.k) p.group_shift = 31; else while ((64 << p.group_shift) < q.group) ++p.group_shift;
-  p.nested_offset = kOffset; p.tensor_scale = 1; p.code_bias = float(q.bias);
-  p.m = q.m; p.n = q.n; p.k = q.k;
-  p.x_vector = q.k % 8 == 0 && q.ldx % 8 == 0 && uintptr_t(p.x) % 16 == 0;
-  return p;
-}
-static int groups_of(const Problem& q) { return q.group >= q.k || q.group >= 64 ? 1 : 64 / q.group; }
-
 static Dev make(const Problem& q) {
   Dev d{};
   d.code_bytes = layout::packed_code_bytes(q.n, q.k, 4);
@@ -189,45 +174,6 @@ static Dev make(const Problem& q) {
 }
 static void destroy(Dev& d) { cudaFree(d.codes); cudaFree(d.scales); cudaFree(d.zeros); cudaFree(d.codebook); cudaFree(d.map); cudaFree(d.absmax); cudaFree(d.x); cudaFree(d.bias); cudaFree(d.ref); cudaFree(d.base); }
 
-static std::vector<int> clusters() { const char* e = getenv("CL"); std::vector<int> r; for (const char* c = e ? e : "1248"; *c; ++c) r.push_back(*c - 48); return r; }
-static const int kLimit = 232448 + 1024;
-static bool plan_for(const Entry& e, Params& p, int cluster, int kw, int rw, Plan& plan) {
-  plan = e.plan(p, cluster, kw, rw, 132 / cluster * cluster, kLimit);
-  if (!plan.ok) return false;
-  int warps = kw * rw, smem = plan.smem - 1024;
-  CK(cudaFuncSetAttribute(e.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-  if (cluster > 1) {
-    static std::map<std::tuple<const void*, int, int, int>, int> memo;
-    auto key = std::make_tuple(e.fn, cluster, warps, smem);
-    if (!memo.count(key)) {
-      cudaLaunchConfig_t c{}; c.gridDim = dim3(cluster); c.blockDim = dim3(warps * 32); c.dynamicSmemBytes = smem;
-      cudaLaunchAttribute a[1]; a[0].id = cudaLaunchAttributeClusterDimension; a[0].val.clusterDim.x = cluster; a[0].val.clusterDim.y = a[0].val.clusterDim.z = 1; c.attrs = a; c.numAttrs = 1;
-      int v = 0; CK(cudaOccupancyMaxActiveClusters(&v, e.fn, &c)); memo[key] = v;
-    }
-    int v = memo[key];
-    if (v < 1) return false;
-    plan = e.plan(p, cluster, kw, rw, std::min(v, (warps <= 8 ? 264 : 132) / cluster) * cluster, kLimit);
-  } else if (warps <= 8) {
-    int v = 0; CK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&v, e.fn, warps * 32, smem));
-    if (v < 1) return false;
-    plan = e.plan(p, cluster, kw, rw, 132 * std::min(v, 2), kLimit);
-  }
-  if (!plan.ok) return false;
-  CK(cudaFuncSetAttribute(e.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem - 1024));
-  return true;
-}
-static void launch(const Entry& e, Params p, const Plan& plan, bool pdl, cudaStream_t st) {
-  p.pdl = pdl;
-  cudaLaunchConfig_t c{};
-  c.gridDim = dim3(plan.grid_clusters * plan.cluster); c.blockDim = dim3(plan.k_warps * plan.row_warps * 32); c.dynamicSmemBytes = plan.smem - 1024; c.stream = st;
-  cudaLaunchAttribute a[2]; int na = 0;
-  if (plan.cluster > 1) { a[na].id = cudaLaunchAttributeClusterDimension; a[na].val.clusterDim.x = plan.cluster; a[na].val.clusterDim.y = a[na].val.clusterDim.z = 1; ++na; }
-  if (pdl) { a[na].id = cudaLaunchAttributeProgrammaticStreamSerialization; a[na].val.programmaticStreamSerializationAllowed = 1; ++na; }
-  c.attrs = a; c.numAttrs = na;
-  void* args[] = {&p};
-  CK(cudaLaunchKernelExC(&c, e.fn, args));
-}
-static bool scale_ok(const Entry& e, int type) { return e.scales == 4 ? type == 6 : e.scales == 3 ? type != 6 : e.scales == type; }
 static double* g_cmp;
 static bool verify(const Problem& q, const Dev& d, const void* y, int64_t ldy, double& err, double& base) {
   CK(cudaMemset(g_cmp, 0, 64));
@@ -237,52 +183,37 @@ static bool verify(const Problem& q, const Dev& d, const void* y, int64_t ldy, d
   err = sqrt(h[0] / h[2]); base = sqrt(h[1] / h[2]);
   return h[3] == 0 && err <= 1.5 * base;
 }
-static std::string name(const Entry& e, const Plan& p) {
-  char b[96]; snprintf(b, 96, "R%d S%d %s c%d r%d k%d g%d", e.R, e.S, e.bulk ? "bulk" : e.xring ? "xring" : "cpa", p.cluster, p.row_warps, p.k_warps, p.grid_clusters * p.cluster);
-  return b;
-}
 
-static void run_checks() {
-  struct Case { int n, k, m, group; bool cb; int bias, st, zt, dt; bool bias_v; int ldx_pad, xoff; };
-  const int F32 = 0, F16 = 1, B16 = 2, E44 = 3, E43 = 4, E80 = 5, NST = 6;
-  std::vector<Case> cs = {
-    {1024, 4096, 1, 64, 0, 8, B16, 0, 0, 0, 0, 0}, {1024, 4096, 16, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {200, 328, 3, 64, 0, 8, B16, 0, 0, 1, 8, 0}, {77, 3420, 5, 128, 0, 8, F16, 0, 0, 1, 3, 1},
-    {1280, 3420, 16, 64, 0, 8, F32, 0, 0, 0, 0, 0}, {333, 99, 9, 128, 0, 8, B16, 0, 0, 1, 0, 0}, {16, 64, 1, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {1, 1, 1, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {4096, 4096, 8, 4096, 0, 8, B16, 0, 0, 1, 0, 0},
-    {9000, 768, 13, 256, 0, 8, B16, 0, 0, 1, 0, 0}, {30000, 512, 2, 64, 0, 8, B16, 0, 0, 1, 0, 0}, {640, 20000, 16, 128, 0, 8, B16, 0, 0, 1, 0, 0}, {640, 60000, 16, 128, 0, 8, B16, 0, 0, 1, 0, 0},
-    {1000, 1024, 4, 64, 1, 0, F32, 0, 0, 1, 0, 0}, {777, 1504, 11, 32, 1, 0, F16, 0, 1, 1, 0, 0}, {20000, 640, 7, 64, 1, 0, F32, 0, 0, 1, 0, 0}, {4096, 1536, 8, 64, 1, 0, NST, 0, 0, 1, 0, 0}, {515, 4096, 16, 128, 1, 0, NST, 0, 0, 1, 0, 0}, {40000, 1024, 3, 64, 1, 0, NST, 0, 0, 1, 0, 0},
-    {1000, 1024, 4, 64, 1, 0, E44, 0, 0, 1, 0, 0}, {300, 2048, 4, 64, 1, 0, E43, 0, 0, 1, 0, 0}, {300, 2048, 4, 64, 1, 0, E80, 0, 0, 1, 0, 0}, {300, 2048, 4, 16, 1, 0, E43, 0, 0, 1, 0, 0},
-    {513, 1030, 5, 64, 0, 8, F16, 0, 1, 1, 0, 0}, {513, 1030, 16, 32, 0, 8, F16, 0, 1, 1, 0, 0}, {513, 2080, 5, 32, 0, 8, B16, 0, 0, 1, 0, 0}, {513, 2064, 12, 16, 0, 8, F32, 0, 0, 1, 0, 0},
-    {700, 1100, 16, 128, 0, 0, B16, 1, 0, 1, 0, 0}, {700, 1100, 10, 64, 0, 0, B16, 2, 0, 1, 0, 0}, {700, 1120, 5, 32, 0, 0, F16, 1, 1, 1, 0, 0}, {700, 1120, 5, 32, 0, 0, F16, 2, 1, 1, 0, 0}, {700, 1120, 5, 32, 1, 0, NST, 0, 1, 1, 0, 0}};
-  int runs = 0, bad = 0, uncovered = 0; double worst = 0;
-  for (auto& c : cs) {
-    Problem q{c.n, c.k, c.m, c.group, c.cb, c.bias, c.st, c.zt, c.dt, c.bias_v, c.k + c.ldx_pad, uint32_t(runs + 11), c.xoff};
-    Dev d = make(q);
-    int64_t ldy = q.n + 5; void* y; CK(cudaMalloc(&y, 2 * ldy * q.m));
-    int here = 0; double wr = 0, we = 0, wb = 0;
-    for (auto& e : registry()) {
-      if (e.codebook != q.codebook || e.dtype != q.dtype || e.G != groups_of(q) || !scale_ok(e, q.scale_type) || e.zeros != (q.zero_type != 0) || q.m > 8 * e.MT) continue;
-      for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) for (int pdl = 0; pdl < 2; ++pdl) {
-        Params p = params_of(q, d); Plan plan;
-        if (!plan_for(e, p, cl, warps / rw, rw, plan)) continue;
-        p.y = y; p.ldy = ldy;
-        CK(cudaMemset(y, 0xFF, 2 * ldy * q.m));
-        launch(e, p, plan, pdl == 1, 0);
-        cudaError_t er = cudaDeviceSynchronize();
-        if (er != cudaSuccess) { printf("FAIL %s: %s n%d k%d m%d g%d\n", cudaGetErrorString(er), name(e, plan).c_str(), q.n, q.k, q.m, q.group); exit(1); }
-        double err, base; bool ok = verify(q, d, y, ldy, err, base);
-        ++runs; ++here;
-        if (!ok) { if (++bad < 30) printf("BAD n%d k%d m%d g%d cb%d st%d zt%d dt%d %s passes? pdl%d err %.3g base %.3g\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, q.zero_type, q.dtype, name(e, plan).c_str(), pdl, err, base); }
-        if (err / base > wr) { wr = err / base; we = err; wb = base; }
-      }
-    }
-    if (!here) ++uncovered;
-    printf("case n%d k%d m%d g%d cb%d st%d zt%d dt%d: %d runs, worst err/base %.3f (%.3g / %.3g)\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, q.zero_type, q.dtype, here, wr, we, wb);
-    worst = std::max(worst, wr);
-    destroy(d); cudaFree(y);
-  }
-  printf("CHECKS: %d runs, %d bad, %d cases without a kernel, worst ratio %.3f\n", runs, bad, uncovered, worst);
+template <class Codes, int R, int MT> static st::Compiled pick(const Problem& q) {
+#ifdef ONLY_NF4
+  if (q.scale_type == 6) return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::kResolved>>();
+  return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::kFp32>>();
+#else
+  return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::k16Bit>>();
+#endif
 }
-
+template <class Codes> static std::vector<st::Compiled> kernel_for(const Problem& q) {
+  if (q.m <= 8) return {pick<Codes, 1, 1>(q), pick<Codes, 2, 1>(q), pick<Codes, 4, 1>(q)};
+  if (q.m <= 16) return {pick<Codes, 1, 2>(q), pick<Codes, 2, 2>(q), pick<Codes, 4, 2>(q)};
+  return {pick<Codes, 2, 4>(q), pick<Codes, 4, 4>(q)};
+}
+std::vector<st::Compiled> kernel_int(const Problem& q); std::vector<st::Compiled> kernel_nf4(const Problem& q);
+#if defined(ONLY_NF4)
+std::vector<st::Compiled> kernel_nf4(const Problem& q) { return kernel_for<st::CodebookCodes<__nv_bfloat16>>(q); }
+#elif defined(ONLY_INT)
+std::vector<st::Compiled> kernel_int(const Problem& q) { return kernel_for<st::IntegerCodes<__nv_bfloat16>>(q); }
+#else
+static GemmProblem gemm_of(const Problem& q, const Dev& d, const uint8_t* codes, const uint8_t* scales, const float* absmax, void* y, int64_t ldy, bool pdl, void* st) {
+  static float off_host = kOffset; static float* off_dev = nullptr;
+  if (!off_dev) { CK(cudaMalloc(&off_dev, 4)); CK(cudaMemcpy(off_dev, &off_host, 4, cudaMemcpyHostToDevice)); }
+  GemmProblem g{}; g.device = Device::kCuda; Weight& w = g.weight;
+  w.n = q.n; w.k = q.k; w.group_size = q.group; w.bits = 4; w.scale_type = ScaleType(q.scale_type); w.zero_type = ZeroType(q.zero_type); w.is_codebook = q.codebook; w.bias = q.bias;
+  w.codebook = q.codebook ? d.codebook : nullptr; w.codebook_on_device = true; w.codes = codes; w.scales = scales; w.zeros = q.zero_type ? d.zeros : nullptr; w.nested_map = d.map; w.nested_absmax = absmax; w.nested_offset = off_dev;
+  g.dtype = DType::kBf16; g.m = q.m; g.x = (const char*)d.x + 2 * q.xoff; g.ldx = q.ldx; g.y = y; g.ldy = ldy; g.bias = q.has_bias ? d.bias : nullptr; g.stream = st; g.programmatic_launch = pdl; g.threads = 1;
+  return g;
+}
+static bool plan_for(const GemmProblem& g, const st::Compiled& k, const st::Split& s, st::Params& p, st::Plan& plan) { p = st::params_of(g, 0, int(g.m)); if (!k.traits.pair_table) st::start_integers<st::IntegerCodes<__nv_bfloat16>>(g.weight, &p); return st::plan_split(g, int(g.m), k.traits, cutlass_ext::cuda::device_properties(), s, &p, &plan); }
+static std::string name(const st::Plan& p, int R = 0) { char b[96]; snprintf(b, 96, "R%d c%d r%d k%d g%d", R, p.split.cluster, p.split.row_warps, p.split.k_warps, p.clusters * p.split.cluster); return b; }
 struct Shape { int n, k; };
 static float time_graph(cudaGraphExec_t g, cudaStream_t st, int nodes, int reps) {
   cudaEvent_t a, b; CK(cudaEventCreate(&a)); CK(cudaEventCreate(&b));
@@ -296,10 +227,63 @@ static float time_graph(cudaGraphExec_t g, cudaStream_t st, int nodes, int reps)
   cudaEventDestroy(a); cudaEventDestroy(b);
   return t[t.size() / 2];
 }
-// argv: time <policies i,n,d> <ms> [shape indices] [top] ; policy i int4 bf16 g64, j int4 g128, n nf4 fp32 g64, d nf4 nested g64
-static void run_times(const char* policies, std::vector<int> ms, std::vector<int> which, int top, bool pdl_too, double budget) {
+
+static std::vector<st::Compiled> kernel_of(const Problem& q) { return q.codebook ? kernel_nf4(q) : kernel_int(q); }
+static void launch1(const st::Compiled& k, const GemmProblem& g, const st::Params& p, const st::Plan& plan) { if (const char* e = st::launch(k.function, g, p, plan)) { printf("launch: %s (%s)\n", e, name(plan).c_str()); exit(1); } }
+static std::vector<st::Split> splits(const GemmProblem& g, const st::Compiled& k, bool all) {
+  std::vector<st::Split> r;
+  int units = int((g.weight.n + k.traits.rows - 1) / k.traits.rows), blocks = int((g.weight.k + 63) / 64);
+  for (int c : {1, 2, 4, 8}) for (int rw = 1; rw <= 16; ++rw) for (int kw = 1; kw * rw <= 16; ++kw) {
+    if (!all) {
+      if (kw * rw < 8 || kw * rw > k.traits.warps) continue;
+      if (kw & (kw - 1)) if (kw * rw < 14) continue;
+      int tiles = (units + rw - 1) / rw, cl = std::min(tiles, (c == 8 ? 15 : c == 4 ? 30 : 132 / c)), passes = (tiles + cl - 1) / cl;
+      double load = double(passes) * rw * blocks / c * 132 / (double(units) * blocks);
+      if (load > (units * blocks < 4096 ? 2.2 : 1.5)) continue;
+    }
+    r.push_back({c, rw, kw});
+  }
+  return r;
+}
+static void run_checks() {
+  struct Case { int n, k, m, group; bool cb; int bias, st, zt; bool bias_v; int ldx_pad, xoff; };
+  const int F32 = 0, B16 = 2, NST = 6;
+  std::vector<Case> cs = {
+    {1024, 4096, 1, 64, 0, 8, B16, 0, 0, 0, 0}, {1024, 4096, 16, 64, 0, 8, B16, 0, 1, 0, 0}, {200, 328, 3, 64, 0, 8, B16, 0, 1, 8, 0}, {77, 3420, 5, 128, 0, 8, B16, 0, 1, 3, 1},
+    {333, 99, 9, 128, 0, 8, B16, 0, 1, 0, 0}, {16, 64, 1, 64, 0, 8, B16, 0, 1, 0, 0}, {1, 1, 1, 64, 0, 8, B16, 0, 1, 0, 0}, {4096, 4096, 8, 4096, 0, 8, B16, 0, 1, 0, 0},
+    {9000, 768, 13, 256, 0, 8, B16, 0, 1, 0, 0}, {30000, 512, 2, 64, 0, 8, B16, 0, 1, 0, 0}, {640, 60000, 16, 128, 0, 8, B16, 0, 1, 0, 0}, {700, 1504, 27, 64, 0, 8, B16, 0, 1, 0, 0},
+    {1000, 1024, 4, 64, 1, 0, F32, 0, 1, 0, 0}, {20000, 640, 7, 64, 1, 0, F32, 0, 1, 0, 0}, {4096, 1536, 8, 64, 1, 0, NST, 0, 1, 0, 0}, {515, 4096, 16, 128, 1, 0, NST, 0, 1, 0, 0}, {40000, 1024, 3, 64, 1, 0, NST, 0, 1, 0, 0}, {700, 1504, 32, 64, 1, 0, F32, 0, 1, 0, 0}};
+  int runs = 0, bad = 0; double worst = 0;
+  for (auto& c : cs) {
+    Problem q{c.n, c.k, c.m, c.group, c.cb, c.bias, c.st, c.zt, 0, c.bias_v, c.k + c.ldx_pad, uint32_t(runs + 11), c.xoff};
+    Dev d = make(q);
+    int64_t ldy = q.n + 5; void* y; CK(cudaMalloc(&y, 2 * ldy * q.m));
+    auto ks = kernel_of(q);
+    int here = 0; double wr = 0;
+    for (int pdl = 0; pdl < 2; ++pdl) {
+      GemmProblem g = gemm_of(q, d, d.codes, d.scales, d.absmax, y, ldy, pdl, nullptr);
+      for (auto& k : ks) for (auto& s : splits(g, k, true)) {
+        st::Params p; st::Plan plan;
+        if (!plan_for(g, k, s, p, plan)) continue;
+        CK(cudaMemset(y, 0xFF, 2 * ldy * q.m));
+        launch1(k, g, p, plan);
+        cudaError_t er = cudaDeviceSynchronize();
+        if (er != cudaSuccess) { printf("FAIL %s: %s n%d k%d m%d g%d cb%d\n", cudaGetErrorString(er), name(plan).c_str(), q.n, q.k, q.m, q.group, q.codebook); exit(1); }
+        double err, base; bool ok = verify(q, d, y, ldy, err, base);
+        ++runs; ++here;
+        if (!ok && ++bad < 30) printf("BAD n%d k%d m%d g%d cb%d st%d %s err %.3g base %.3g\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, name(plan).c_str(), err, base);
+        wr = std::max(wr, err / base);
+      }
+    }
+    printf("case n%d k%d m%d g%d cb%d st%d: %d runs, worst err/base %.3f\n", q.n, q.k, q.m, q.group, q.codebook, q.scale_type, here, wr);
+    worst = std::max(worst, wr); fflush(stdout);
+    destroy(d); cudaFree(y);
+  }
+  printf("CHECKS: %d runs, %d bad, worst ratio %.3f\n", runs, bad, worst);
+}
+static void run_times(const char* policies, std::vector<int> ms, std::vector<int> which, int top, bool pdl_too) {
   const Shape shapes[] = {{1024, 4096}, {4096, 4096}, {6144, 4096}, {8192, 8192}, {4096, 14336}, {28672, 4096}, {5120, 5120}, {14336, 4096}, {8192, 28672}, {2048, 2048}};
-  cudaStream_t st; CK(cudaStreamCreate(&st));
+  cudaStream_t stream; CK(cudaStreamCreate(&stream));
   int* sink; CK(cudaMalloc(&sink, 4));
   int runs = 0, bad = 0; double worst = 0;
   for (int si : which) for (const char* pc = policies; *pc; ++pc) {
@@ -325,54 +309,46 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
         floor_done = true;
         float t = 1e9;
         for (int cfg = 0; cfg < 3; ++cfg) {
-          cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal));
+          cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
           for (int i = 0; i < nodes; ++i) {
             const uint4* src = (const uint4*)(pool + (i % copies) * stride); int64_t c = (o_scale + d.scale_bytes) / 16;
-            if (cfg == 0) read_floor<8><<<132, 512, 0, st>>>(src, c, sink); else if (cfg == 1) read_floor<8><<<264, 512, 0, st>>>(src, c, sink); else read_floor<4><<<528, 256, 0, st>>>(src, c, sink);
+            if (cfg == 0) read_floor<8><<<132, 512, 0, stream>>>(src, c, sink); else if (cfg == 1) read_floor<8><<<264, 512, 0, stream>>>(src, c, sink); else read_floor<4><<<528, 256, 0, stream>>>(src, c, sink);
           }
-          CK(cudaStreamEndCapture(st, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
-          t = std::min(t, time_graph(ge, st, nodes, 11));
+          CK(cudaStreamEndCapture(stream, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
+          t = std::min(t, time_graph(ge, stream, nodes, 11));
           cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
         }
         printf("## %dx%d %s: %.2f MB, floor(read) %.2f us, %d copies\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6, t, copies);
       }
       void* y; int64_t ybytes = 2LL * m * s.n; CK(cudaMalloc(&y, ybytes * nodes));
       struct Res { float t; std::string n; }; std::vector<Res> res, resp;
-      for (auto& e : registry()) {
-        if (e.codebook != cb || e.dtype != 0 || e.G != 1 || e.zeros || !scale_ok(e, stype) || e.MT != (m > 8 ? 2 : 1)) continue;
-        for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) {
-          Params p = params_of(q, d); Plan plan;
-          int kw = warps / rw;
-          if (!plan_for(e, p, cl, kw, rw, plan)) continue;
-          if (!e.xring && !e.bulk && p.x_blocks * cl * kw < p.k_blocks) continue;  // would reload x
-          int passes = (p.tiles + p.clusters - 1) / p.clusters;
-          double load = double(passes) * e.R * rw * 16 / s.n / cl * 132 * (warps == 8 && plan.grid_clusters * cl > 132 ? 0.5 : 1.0);  // longest share over the even one
-          if (load > 1.25) continue;
-          if (p.k_blocks < cl * kw) continue;
-          for (int var = 0; var <= (pdl_too ? 1 : 0); ++var) {
-            const int pdl = var == 1;
-            CK(cudaMemsetAsync(y, 0xFF, ybytes * nodes, st));
-            cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal));
-            for (int i = 0; i < nodes; ++i) {
-              Params pi = p; const uint8_t* b = pool + (i % copies) * stride;
-              pi.codes = b; pi.scales = b + o_scale; pi.nested_absmax = (const float*)(b + o_absmax); pi.y = (char*)y + i * ybytes; pi.ldy = s.n;
-              launch(e, pi, plan, pdl, st);
-            }
-            CK(cudaStreamEndCapture(st, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
-            float t = time_graph(ge, st, nodes, 10);
-            cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
-            for (int i : {0, nodes - 1}) { double err, base; bool ok = verify(q, d, (char*)y + i * ybytes, s.n, err, base); ++runs; worst = std::max(worst, err / base); if (!ok) { if (++bad < 20) printf("BAD %s err %.3g base %.3g\n", name(e, plan).c_str(), err, base); } }
-            (pdl ? resp : res).push_back({t, name(e, plan)});
-          }
+      GemmProblem g0 = gemm_of(q, d, pool, pool + o_scale, (const float*)(pool + o_absmax), y, s.n, false, stream);
+      for (auto& k : kernel_of(q)) for (auto& sp : splits(g0, k, false)) for (int pdl = 0; pdl <= (pdl_too ? 1 : 0); ++pdl) {
+        int R = k.traits.rows / 16;
+        st::Params p; st::Plan plan;
+        if (!plan_for(g0, k, sp, p, plan)) continue;
+
+        CK(cudaMemsetAsync(y, 0xFF, ybytes * nodes, stream));
+        cudaGraph_t g; cudaGraphExec_t ge; CK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < nodes; ++i) {
+          const uint8_t* b = pool + (i % copies) * stride;
+          GemmProblem gi = gemm_of(q, d, b, b + o_scale, (const float*)(b + o_absmax), (char*)y + i * ybytes, s.n, pdl, stream);
+          st::Params pi; st::Plan pl; plan_for(gi, k, sp, pi, pl);
+          launch1(k, gi, pi, pl);
         }
+        CK(cudaStreamEndCapture(stream, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
+        float t = time_graph(ge, stream, nodes, 8);
+        cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
+        for (int i : {0, nodes - 1}) { double err, base; bool ok = verify(q, d, (char*)y + i * ybytes, s.n, err, base); ++runs; worst = std::max(worst, err / base); if (!ok && ++bad < 20) printf("BAD %s err %.3g base %.3g\n", name(plan).c_str(), err, base); }
+        (pdl ? resp : res).push_back({t, name(plan, R)});
       }
       auto show = [&](std::vector<Res>& r, const char* tag) {
         std::sort(r.begin(), r.end(), [](const Res& a, const Res& b) { return a.t < b.t; });
         printf("M%-2d %s", m, tag);
-        std::map<std::string, int> seen;
         for (int i = 0; i < int(r.size()) && i < top; ++i) printf(" | %.2f %s", r[i].t, r[i].n.c_str());
         printf("  (%d)\n", int(r.size()));
       };
+      { st::Candidates cand; for (auto& k : kernel_of(q)) cand.add(k); st::Params p = st::params_of(g0, 0, m); if (!cb) st::start_integers<st::IntegerCodes<__nv_bfloat16>>(g0.weight, &p); st::Plan pl; const st::Compiled* c = st::choose_plan(g0, m, cand, cutlass_ext::cuda::device_properties(), &p, &pl); std::string want = name(pl, c->traits.rows / 16); float t = -1; for (auto& x : res) if (x.n == want) t = x.t; printf("   rule: %.2f %s\n", t, want.c_str()); }
       show(res, "plain"); if (pdl_too) show(resp, "pdl");
       fflush(stdout);
       cudaFree(y); destroy(d);
@@ -381,33 +357,26 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
   }
   printf("timed configs verified: %d, bad %d, worst err/base %.3f\n", runs, bad, worst);
 }
-__global__ void probe(uint32_t* o) { extern __shared__ int sm[]; *o = uint32_t(__cvta_generic_to_shared(sm)); }
+static std::vector<int> list_of(const char* s) { std::vector<int> r; for (const char* c = s; *c;) { r.push_back(atoi(c)); while (*c && *c != ',') ++c; if (*c) ++c; } return r; }
 int main(int argc, char** argv) {
   CK(cudaMalloc(&g_cmp, 64));
-  { uint32_t h; probe<<<1, 1, 4096>>>((uint32_t*)g_cmp); CK(cudaMemcpy(&h, g_cmp, 4, cudaMemcpyDeviceToHost)); if (h != 1024) { printf("dynamic smem at %u\n", h); return 1; } }
   std::string mode = argc > 1 ? argv[1] : "check";
-  if (mode == "prof") {  // prof n k m nf4? config-substring
-    Problem q{atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), 64, bool(atoi(argv[5])), atoi(argv[5]) ? 0 : 8, atoi(argv[5]) ? 0 : 2, 0, 0, false, atoi(argv[3]), 5, 0};
+  if (mode == "prof") {  // prof n k m policy c r k s R
+    bool cb = *argv[5] == 'n' || *argv[5] == 'd'; int stype = *argv[5] == 'n' ? 0 : *argv[5] == 'd' ? 6 : 2;
+    Problem q{atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), 64, cb, cb ? 0 : 8, stype, 0, 0, false, atoi(argv[3]), 5, 0};
     Dev d = make(q); void* y; CK(cudaMalloc(&y, 2LL * q.m * q.n)); void* junk; CK(cudaMalloc(&junk, 200 << 20));
-    for (auto& e : registry()) {
-      if (e.codebook != q.codebook || e.dtype != 0 || e.G != 1 || e.zeros || !scale_ok(e, q.scale_type) || e.MT != (q.m > 8 ? 2 : 1)) continue;
-      for (int cl : clusters()) for (int rw : {1, 2, 4}) for (int warps : {8, 16}) {
-        Params p = params_of(q, d); Plan plan;
-        if (!plan_for(e, p, cl, warps / rw, rw, plan)) continue;
-        if (name(e, plan).find(argv[6]) != 0) continue;
-        p.y = y; p.ldy = q.n;
-        for (int i = 0; i < 3; ++i) { CK(cudaMemset(junk, i, 200 << 20)); launch(e, p, plan, false, 0); }
-        CK(cudaDeviceSynchronize()); printf("%s\n", name(e, plan).c_str());
-      }
-    }
+    st::Compiled k = kernel_of(q)[atoi(argv[10])]; GemmProblem g = gemm_of(q, d, d.codes, d.scales, d.absmax, y, q.n, false, nullptr);
+    st::Params p; st::Plan plan; if (!plan_for(g, k, {atoi(argv[6]), atoi(argv[7]), atoi(argv[8])}, p, plan)) { printf("no plan\n"); return 1; }
+    for (int i = 0; i < 3; ++i) { CK(cudaMemset(junk, i, 200 << 20)); launch1(k, g, p, plan); }
+    CK(cudaDeviceSynchronize()); return 0;
+  }
+  if (mode == "clusters") {
+    Problem q{4096, 4096, 8, 64, false, 8, 2, 0, 0, false, 4096, 5, 0}; st::Compiled k = kernel_int(q)[0];
+    for (int c : {1, 2, 4, 8}) for (int smem : {60000, 120000, 220000}) { CK(cudaFuncSetAttribute(k.function, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024)); cudaLaunchConfig_t lc{}; lc.gridDim = dim3(c); lc.blockDim = dim3(512); lc.dynamicSmemBytes = smem; cudaLaunchAttribute a[1]; a[0].id = cudaLaunchAttributeClusterDimension; a[0].val.clusterDim.x = c; a[0].val.clusterDim.y = a[0].val.clusterDim.z = 1; lc.attrs = a; lc.numAttrs = 1; int v = 0; CK(cudaOccupancyMaxActiveClusters(&v, k.function, &lc)); printf("cluster %d smem %d: %d\n", c, smem, v); }
     return 0;
   }
   if (mode == "check") run_checks();
-  else {
-    std::vector<int> ms, which;
-    for (char* t = strtok(strdup(argv[3]), ","); t; t = strtok(nullptr, ",")) ms.push_back(atoi(t));
-    for (char* t = strtok(strdup(argv[4]), ","); t; t = strtok(nullptr, ",")) which.push_back(atoi(t));
-    run_times(argv[2], ms, which, argc > 5 ? atoi(argv[5]) : 4, argc > 6 && atoi(argv[6]), 0);
-  }
+  else run_times(argv[2], list_of(argv[3]), list_of(argv[4]), argc > 5 ? atoi(argv[5]) : 4, argc > 6 && atoi(argv[6]));
   return 0;
 }
+#endif
