@@ -222,9 +222,10 @@ def assert_within_budget(
     accumulation. Three cares for few outputs, where a norm is no mean of many: if ``base`` is exact by luck, a ``ref``
     rounded once to the dtype is good enough; if the terms of the sums cancel, fp32 rounding is relative to the terms;
     and below 16 outputs the fp32 budget grows as the spread of a mean of so few does (of two outputs at K = 384, one
-    call in two hundred of ``F.linear`` itself is beyond 1e-6), and the fp16 and bf16 budget is one unit of
-    the dtype at least, as it is for weights of up to 3 rows, whose outputs share their errors. ``dense``: torch's own GEMM made y from the dequantized
-    weight; then ``base`` may also be that GEMM, which on a GPU may round partial sums to the dtype.
+    call in two hundred of ``F.linear`` itself is beyond 1e-6), and the fp16 and bf16 budget is one unit of the dtype at
+    least, as it is for weights of up to 3 rows, whose outputs share their errors. ``dense``: torch's own GEMM made y
+    from the dequantized weight; then ``base`` may also be that GEMM, which on a GPU may round partial sums to the
+    dtype.
     """
     assert y.dtype == x.dtype
     assert y.shape == (*x.shape[:-1], w_exact.shape[0])
