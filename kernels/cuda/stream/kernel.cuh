@@ -4,12 +4,10 @@
 //          tile; its CTAs, and the k warps of each, split K. So every weight is read by one warp, once, and only sums
 //          travel: between the k warps of a CTA through shared memory, between the CTAs of a cluster by asynchronous
 //          stores into the shared memory of the CTA that owns the row. Every sum is added in one fixed order.
-// Ring     A warp has a ring of stages of its own. A stage is a 64-k block of its unit: the codes, their scales and
-// zero
-//          points. Weights are requested first of all, before the grid dependency; the blocks' x after it. Up to 8
-//          tokens x is part of the stage and a warp waits for nobody. Above, the row warps of a column (one part of K)
-//          share a ring of x, of which each requests some tokens: read once per row warp, x would be the most of the
-//          traffic between L2 and the SMs.
+// Ring     A warp has a ring of stages of its own. A stage is a 64-k block of its unit: codes, scales, zero points.
+//          Weights are requested first of all, before the grid dependency; the blocks' x after it. Up to 16 tokens x
+//          is part of the stage and a warp waits for nobody. Above, the row warps of a column (one part of K) share a
+//          ring of x, of which each requests some tokens.
 // Decode   Weights are the A operand of the MMA, tokens its n: codes.cuh. Scales multiply the fp32 sums of a group.
 #pragma once
 

@@ -24,8 +24,8 @@ struct Params {
   int32_t row_warps, row_warps_inverse;  // warp / row_warps = warp * inverse >> 8
   int32_t k_warps;
   int32_t cluster, cluster_shift;  // CTAs, their log2
-  int32_t part_blocks,
-      part_rest;  // k blocks of a part (a warp of a CTA of a cluster); the first part_rest have one more
+  // k blocks of a part (a warp of a CTA of a cluster); the first part_rest parts have one more.
+  int32_t part_blocks, part_rest;
   int32_t units;  // row ranges of a warp in the weight
   uint32_t slab_code_bytes, slab_scale_bytes, slab_zero_bytes;
   int32_t group_shift;  // log2(k blocks of a group); 0 for groups below a block, 31 for one group
@@ -36,9 +36,9 @@ struct Params {
   int32_t m, k;
   const void* x;
   int64_t ldx, x_step;  // elements between tokens, between every fourth
-  uint32_t x_at,
-      x_stage_bytes;  // in a stage; where x is shared, address of the first column's ring and bytes of a stage
-  bool x_vector;      // rows of x start on 16 bytes and K % 8 == 0
+  // x in a stage, and its bytes; where x is shared, the address of the first column's ring of it.
+  uint32_t x_at, x_stage_bytes;
+  bool x_vector;  // rows of x start on 16 bytes and K % 8 == 0
   bool programmatic_launch;
   // Later passes, sums.
   int32_t clusters;  // in the grid
