@@ -417,3 +417,18 @@ def test_wrong_instances() -> None:
     for index in (i for i, row in enumerate(rows) if not row["available"] and i not in others):
         with pytest.raises(RuntimeError, match="this machine cannot run"):
             gemm(x, packed, instance=index)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(4, b"flags: expected CX_GEMM_ values, got 0x4"), (1 << 31, b"flags: ")]
+)
+def test_unknown_flags_are_refused(flags: int, message: bytes) -> None:
+    packed, _ = one_packed(8, 64)
+    struct, x, y = c_weight(packed), torch.randn(1, 64), torch.full((1, 8), 7.0)
+    args = CxGemmArgs(
+        weight=ctypes.pointer(struct), m=1, x=x.data_ptr(), ldx=64, y=y.data_ptr(), ldy=8, instance=-1, flags=flags
+    )
+    library = c_library()
+    assert library.cx_gemm(ctypes.byref(args)) != 0
+    assert message in library.cx_last_error()
+    assert bool((y == 7).all())
