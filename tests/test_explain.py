@@ -30,9 +30,7 @@ def test_a_dense_fallback_says_so() -> None:
 def test_refuses_what_the_call_would_refuse() -> None:
     with pytest.raises(RuntimeError, match=r"x has K=100, the weight has K=128"):
         pyquant.explain(torch.randn(2, 100), packed())
-    with pytest.raises(
-        RuntimeError, match=r"explain: bias: expected shape \[N=40\]|gemm: bias: expected shape \[N=40\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"bias: expected shape \[N=40\]"):
         pyquant.explain(torch.randn(2, 128), packed(), torch.randn(41))
 
 
