@@ -36,6 +36,7 @@ sanitize: $(VENV)/.tools
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCX_SANITIZE=ON -DCX_TESTS=ON -DCX_TORCH=OFF
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/contract_test
+	build/sanitize/plan_test
 
 spills: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/check_spills.py

@@ -127,8 +127,10 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
 
 namespace {
 
+// Over splits with as many warps along K as there are, or as K has blocks for; `fewer` divides them, for devices whose
+// shared memory does not hold the rings of so many.
 const Compiled* search(const GemmProblem& problem, int tokens, const Candidates& candidates,
-                       const DeviceProperties& device, Params* params, Plan* plan) {
+                       const DeviceProperties& device, int fewer, Params* params, Plan* plan) {
   const Compiled* best = nullptr;
   double best_cost = 0;
   const Params start = *params;
@@ -137,8 +139,7 @@ const Compiled* search(const GemmProblem& problem, int tokens, const Candidates&
     const Compiled& kernel = candidates.kernels[i];
     for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
       for (int row_warps = 1; row_warps <= kernel.traits.warps; ++row_warps) {
-        // As many warps along K as there are, or as K has blocks for.
-        const int k_warps = std::min(kernel.traits.warps / row_warps, blocks / cluster);
+        const int k_warps = std::min(kernel.traits.warps / row_warps, blocks / cluster) / fewer;
         if (k_warps == 0) continue;
         Params p = start;
         Plan candidate;
@@ -193,7 +194,10 @@ const Compiled* choose_plan(const GemmProblem& problem, int tokens, const Candid
     const Compiled* kernel = &candidates.kernels[choice.kernel];
     return plan_split(problem, tokens, kernel->traits, device, choice.split, params, plan) ? kernel : nullptr;
   }
-  const Compiled* kernel = search(problem, tokens, candidates, device, params, plan);
+  const Compiled* kernel = nullptr;
+  for (int fewer = 1; kernel == nullptr && fewer <= kMaxWarps; fewer *= 2) {
+    kernel = search(problem, tokens, candidates, device, fewer, params, plan);
+  }
   if (kernel != nullptr) {
     choice = {&device,
               candidates.kernels[0].function,
