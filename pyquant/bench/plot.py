@@ -142,7 +142,9 @@ def _finish(panel: Any, rows: Sequence[Row]) -> None:
 
     tokens = sorted({r.m for r in rows})
     panel.set_xscale("log", base=2)
-    panel.set_xticks(tokens, [str(m) for m in tokens], fontsize=8, rotation=45 if len(tokens) > 8 else 0)
+    # A label needs room: on the log axis none within a fifth of an octave of the one before.
+    labels = [m for i, m in enumerate(tokens) if i == 0 or m > tokens[i - 1] * 2**0.2]
+    panel.set_xticks(labels, [str(m) for m in labels], fontsize=8, rotation=45 if len(labels) > 8 else 0)
     panel.xaxis.set_minor_locator(NullLocator())
     panel.tick_params(axis="y", which="both", labelsize=8)
     panel.grid(which="major", color="#dddddd", linewidth=0.7)
