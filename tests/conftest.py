@@ -363,14 +363,14 @@ def c_library() -> ctypes.CDLL:
     return library
 
 
-def c_weight(weight: PackedWeight) -> CxWeight:
-    """The struct of a packed weight, whose tensors must outlive it."""
-    parts = scale_parts(weight)
-    tensors = {**weight.tensors(), **parts}
+def c_weight(weight: QuantizedWeight | PackedWeight) -> CxWeight:
+    """The struct of a weight, whose tensors must outlive it."""
+    packed = isinstance(weight, PackedWeight)
+    tensors = {**weight.tensors(), **(scale_parts(weight) if packed else {})}
     pointers = {name: t.data_ptr() for name, t in tensors.items() if name != "scale_data"}
     return CxWeight(
         format=weight.format.id,
-        layout=1,
+        layout=int(packed),
         scale_type=weight.scale_type,
         zero_type=weight.zero_type,
         n=weight.n,
@@ -379,6 +379,6 @@ def c_weight(weight: PackedWeight) -> CxWeight:
         codes_bytes=weight.codes.nbytes,
         scales_bytes=weight.scales.nbytes,
         zeros_bytes=0 if weight.zeros is None else weight.zeros.nbytes,
-        nested_absmax_count=parts["nested_absmax"].numel() if "nested_absmax" in parts else 0,
+        nested_absmax_count=tensors["nested_absmax"].numel() if "nested_absmax" in tensors else 0,
         **pointers,
     )

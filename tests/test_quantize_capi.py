@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import VARIANTS, CxWeight, c_library, c_weight, random_weight
 
-from pyquant import QuantizedWeight, _library, quantize
+from pyquant import _library, quantize
 
 INVALID, NOT_SUPPORTED, TOO_SMALL = 1, 2, 3
 CPU, CUDA = 0, 1
@@ -32,25 +32,6 @@ class CxQuantizeArgs(ctypes.Structure):
     ]
 
 
-def struct_of(weight: QuantizedWeight) -> CxWeight:
-    """The struct of a canonical weight, whose tensors must outlive it."""
-    tensors = weight.tensors()
-    return CxWeight(
-        format=weight.format.id,
-        layout=0,
-        scale_type=weight.scale_type,
-        zero_type=weight.zero_type,
-        n=weight.n,
-        k=weight.k,
-        group_size=weight.group_size,
-        codes_bytes=weight.codes.nbytes,
-        scales_bytes=weight.scales.nbytes,
-        zeros_bytes=0 if weight.zeros is None else weight.zeros.nbytes,
-        nested_absmax_count=0 if weight.nested_absmax is None else weight.nested_absmax.numel(),
-        **{name: t.data_ptr() for name, t in tensors.items()},
-    )
-
-
 def quantize_error(args: Any) -> tuple[int, str]:
     library = c_library()
     return library.cx_quantize(args), library.cx_last_error().decode()
@@ -58,7 +39,7 @@ def quantize_error(args: Any) -> tuple[int, str]:
 
 def test_the_cpu_is_refused() -> None:
     weight = random_weight(VARIANTS[0], N, K)
-    struct = struct_of(weight)
+    struct = c_weight(weight)
     args = CxQuantizeArgs(weight=ctypes.pointer(struct), device=CPU)
     assert quantize_error(ctypes.byref(args)) == (NOT_SUPPORTED, "cx_quantize: device: expected CX_CUDA, got CX_CPU")
     assert quantize_error(None) == (INVALID, "cx_quantize: args: expected a pointer, got NULL")
@@ -68,7 +49,7 @@ def test_workspace_is_for_nested_scales() -> None:
     """An fp32 for each block, and some hundred partial sums."""
     library, bytes_ = c_library(), ctypes.c_size_t(7)
     for variant in VARIANTS:
-        struct = struct_of(random_weight(variant, N, K))
+        struct = c_weight(random_weight(variant, N, K))
         assert library.cx_quantize_workspace(ctypes.byref(struct), ctypes.byref(bytes_)) == 0
         blocks = N * K // 64 * 4 if str(variant).endswith("nested") and _library.has_cuda() else 0
         assert blocks <= bytes_.value <= blocks * 2 + 4096
@@ -78,7 +59,7 @@ def test_workspace_is_for_nested_scales() -> None:
 
 def test_a_canonical_weight_is_not_dequantized_on_the_cpu() -> None:
     library = c_library()
-    struct = struct_of(random_weight(VARIANTS[0], N, K))
+    struct = c_weight(random_weight(VARIANTS[0], N, K))
     out = torch.empty(N, K)
     status = library.cx_dequantize(
         ctypes.byref(struct), 0, ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(K), CPU, None, -1, 1
@@ -96,7 +77,7 @@ class Call:
         self.expected = quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(3)), variant.format.name)
         self.w = torch.randn(N, K, generator=torch.Generator().manual_seed(3)).cuda()
         self.weight = random_weight(variant, N, K).to("cuda")
-        self.struct = struct_of(self.weight)
+        self.struct = c_weight(self.weight)
         self.status = torch.full((4,), 77, dtype=torch.int32, device="cuda")
         self.workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
         self.args = CxQuantizeArgs(
@@ -177,7 +158,7 @@ def test_packed_struct_agrees_with_the_canonical_one() -> None:
     packed = weight.pack()
     library = c_library()
     outs = []
-    for struct in (struct_of(weight), c_weight(packed)):
+    for struct in (c_weight(weight), c_weight(packed)):
         out = torch.full((N, K), -1.0, device="cuda")
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         pointer = ctypes.c_void_p(out.data_ptr())

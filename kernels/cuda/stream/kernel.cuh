@@ -12,7 +12,6 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm80.hpp>
@@ -57,9 +56,7 @@ struct Config {
   // when they meet before block i.
   static constexpr int kStages = kSharedX ? 3 : 2;
   // Warps of a CTA: what 64 K registers allow without spills.
-  static constexpr bool kLarge =
-      kScales == ScaleSource::kResolved ||
-      (kAtoms == 4 && (Codes::kTable || (kScales == ScaleSource::kFp32 && Codes::kHighRows != 1)));
+  static constexpr bool kLarge = kScales == ScaleSource::kResolved || (Codes::kTable && kAtoms == 4);
   static constexpr int kWarps = kTokenTiles > 2 ? 8 : kTokenTiles == 2 && kLarge ? 12 : kMaxWarps;
   static constexpr int kStepsPerGroup = layout::kSteps / kGroups;
   static constexpr int kTokens = kTokenTiles * kTokensPerTile;
@@ -100,7 +97,7 @@ class Kernel {
   }
 
   __device__ __forceinline__ void run() {
-    cutlass::arch::launch_dependent_grids();
+    launch_dependents();
     start_fill(cluster_index);
     start_x();
 #pragma unroll 1
@@ -119,7 +116,7 @@ class Kernel {
       }
     }
     if constexpr (Codes::kTable) build_pair_table();
-    cutlass::arch::wait_on_dependent_grids();
+    wait_for_previous_kernel();
     if (p.programmatic_launch) {
 #pragma unroll 1
       for (int i = 0; i < kAhead; ++i) request_x(i);

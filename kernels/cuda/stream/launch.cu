@@ -1,4 +1,3 @@
-#include <mutex>
 #include <set>
 #include <utility>
 

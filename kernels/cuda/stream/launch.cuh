@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "kernels/cuda/stream/kernel.cuh"
 #include "kernels/cuda/stream/plan.hpp"
 #include "kernels/decode.hpp"
