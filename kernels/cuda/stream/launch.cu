@@ -29,8 +29,7 @@ Params params_of(const GemmProblem& problem, int64_t first_token, int tokens) {
   p.scales = static_cast<const uint8_t*>(w.scales);
   p.zeros = static_cast<const uint8_t*>(w.zeros);
   p.x = static_cast<const uint16_t*>(problem.x) + first_token * problem.ldx;
-  p.ldx = problem.ldx;
-  p.x_step = 4 * problem.ldx;
+  p.ldx = static_cast<uint32_t>(problem.ldx);
   p.k = static_cast<int32_t>(w.k);
   p.scale_type = static_cast<int32_t>(w.scale_type);
   p.zero_type = static_cast<int32_t>(w.zero_type);
@@ -60,8 +59,9 @@ const char* launch(const void* function, const GemmProblem& problem, const Param
   cudaError_t error = allow_shared_memory(function);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.clusters * plan.split.cluster));
-    config.blockDim = dim3(static_cast<unsigned>(plan.split.row_warps * plan.split.k_warps * kThreadsPerWarp));
+    config.gridDim = dim3(static_cast<unsigned>(plan.split.cluster), static_cast<unsigned>(plan.clusters));
+    config.blockDim =
+        dim3(kThreadsPerWarp, static_cast<unsigned>(plan.split.row_warps), static_cast<unsigned>(plan.split.k_warps));
     config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
     config.stream = static_cast<cudaStream_t>(problem.stream);
     cudaLaunchAttribute attributes[2];
