@@ -506,10 +506,10 @@ const char* run(const GemmProblem& problem) {
   const int shared_bytes = p.x_shared + std::max(x_bytes, sum_bytes(kTokens, p.plan.tile_rows()));
   if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
   if (p.plan.thread_blocks() > INT32_MAX) return "simt: too many thread blocks";
-  return launch<simt_kernel<Codes, kTokens, kGroups>>(
-      {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
-       problem.programmatic_launch && device.clusters, problem.stream},
-      p);
+  return launch(&simt_kernel<Codes, kTokens, kGroups>,
+                {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
+                 problem.programmatic_launch && device.clusters, problem.stream},
+                p);
 }
 
 template <class Codes, Groups kGroups>
