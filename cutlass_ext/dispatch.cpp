@@ -14,7 +14,21 @@ constexpr int64_t kCpuStreamTokens = 20;
 // On a GPU, up to this many tokens a GEMM on the packed weight is taken to be faster than dequantizing it for the
 // caller's dense GEMM.
 constexpr int64_t kCudaStreamTokens = 32;
-constexpr int64_t kCudaSimtTokens = 16;
+
+// The same for simt. Us of simt and of dequant + cuBLAS at M = 1, 4, 8, 16 (H200, cold weights in a CUDA graph, bf16,
+// 2026-11-21):
+//             4096 x 4096                                  1280 x 3420 or 1024 x 4096
+//   kbit2     11.4, 13.8, 20.2, 31.6 / 22.5 .. 21.2        7.9, 8.5, 10.8, 15.2 / 11.7
+//   kbit5     14.3, 17.3, 23.6, 36.8 / 25.1 .. 26.0        9.1, 10.0, 12.5, 16.6 / 12.5
+//   int8      10.4, 15.0, 21.4, 30.0 / 25.1 .. 24.3        6.8, 8.0, 10.0, 14.4 / 15.9 .. 19.7
+//   nf4 with flat scales (K = 4100)
+//             98, 99, 176, 311 / 36.5 .. 41.6              45, 45, 83, 141 / 15.3 .. 19.0
+// Flat scales, which simt decodes for every weight, never pay; all else does up to 8 tokens. fp32 x was not compared:
+// simt's sums are fp32 at any M, and at M <= 8 it is 1.4 to 4 times as fast as cuBLAS's dense fp32 GEMM alone.
+int64_t cuda_simt_tokens(const GemmProblem& problem) {
+  if (problem.dtype == DType::kFp32) return 16;
+  return problem.weight.flat_scales ? 0 : 8;
+}
 
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
@@ -34,7 +48,7 @@ int first_gemm(const GemmProblem& problem, Family family) {
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   const int stream = first_gemm(problem, Family::kStream);
-  const int64_t limit = stream >= 0 ? kCudaStreamTokens : kCudaSimtTokens;
+  const int64_t limit = stream >= 0 ? kCudaStreamTokens : cuda_simt_tokens(problem);
   if (dense_fallback && problem.m > limit) {
     const int dequant = select_dequantize(Device::kCuda);
     if (dequant >= 0) return dequant;

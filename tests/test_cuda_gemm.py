@@ -33,7 +33,7 @@ from conftest import (
     random_weight,
 )
 
-from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear
+from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear, quantize
 from pyquant.ops import op_arguments
 
 # In the manifest of a build with CUDA, whether or not this machine can run them.
@@ -148,6 +148,31 @@ def test_every_instance_is_available() -> None:
         packed = random_weight(variant, 64, 128).pack().to("cuda")
         covered.update(runs(packed, random_x(1, 128, dtype)))
     assert covered - {"dispatch"} == GEMMS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "k", "families"),
+    [
+        ("nf4", 128, {1: "stream", 32: "stream", 33: "dense"}),
+        ("nf4", 132, {1: "dense", 16: "dense"}),  # flat scales
+        ("kbit3", 128, {1: "simt", 8: "simt", 9: "dense"}),
+        ("kbit3", 132, {1: "dense"}),
+        ("int8", 128, {8: "simt", 9: "dense"}),
+    ],
+)
+def test_dispatch_by_tokens(name: str, k: int, families: dict[int, str], dtype: torch.dtype) -> None:
+    """A caller with a dense GEMM gets it where it was measured to be faster, and explain says so; cx_gemm alone runs."""
+    packed, w_exact = on_gpu(quantize(torch.randn(70, k), name))
+    for m, family in families.items():
+        x = random_x(m, k, dtype)
+        explanation = explain(x, packed)
+        assert explanation.dense == (family == "dense"), (m, explanation)
+        assert explanation.instance.startswith("cuda_dequant" if explanation.dense else f"cuda_{family}_")
+        assert_within_budget(run("dispatch", packed, x), x, w_exact, dense=explanation.dense)
+        y = torch.full((m, 70), torch.nan, dtype=dtype, device="cuda")
+        call_c(packed, x, y, "dispatch")
+        assert_within_budget(y, x, w_exact)
 
 
 @each_case_variant

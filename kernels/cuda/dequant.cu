@@ -84,7 +84,8 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
     __pipeline_commit();
   }
 
-  // What rows g and g + 8 of an atom share: the lanes' words that hold the chunk's pairs.
+  // What rows g and g + 8 of an atom share: the lanes' words that hold the chunk's pairs, turned so that the first code
+  // of row g is in its place.
   struct Words {
     uint32_t words[kPlaneCount][kPairs];
   };
@@ -109,7 +110,11 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
       for (int i = 0; i < kPairs; ++i) {
         // Without kShift pair_ is 0, or 2 for fp32.
         const int lane = kShift ? (pair_ + i) % kQuad : pair_ + i;
-        words.words[kPlane][i] = *reinterpret_cast<const uint32_t*>(from + byte_of(i, kPlane) + lane * kLaneBytes);
+        const bool next = kShift && pair_ + i >= kQuad;
+        const int byte = next ? octets_[kShift].byte[kPlane] : octets_[0].byte[kPlane];
+        const int turn = next ? octets_[kShift].turn[kPlane] : octets_[0].turn[kPlane];
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(from + byte + lane * kLaneBytes);
+        words.words[kPlane][i] = __funnelshift_r(word, word, turn);
       }
     });
     return words;
@@ -123,18 +128,19 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
     for (int e = 0; e < kChunk; ++e) offsets[e] = 0;
     unroll<kPlaneCount>([&](auto plane) {
       constexpr int kPlane = decltype(plane)::value;
-      constexpr int kPlaneBits = layout::planes_of(kBits).bits[kPlane];
-      constexpr uint32_t kMask = (1u << kPlaneBits) - 1;
+      constexpr uint32_t kMask = (1u << layout::planes_of(kBits).bits[kPlane]) - 1;
       constexpr int kFirst = place(kPlane, 0), kSecond = place(kPlane, 1);
-      // The second code of a pair lies here once the first is in its place.
-      constexpr int kSecondFrom = kFirst + second_distance(kPlane);
+      constexpr int kSecondFrom = kFirst + value_distance(1, kPlane);
+      const int from_half = half == 0 ? 0 : value_distance(2, kPlane);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const uint32_t word = words.words[kPlane][i];
-        const uint32_t moved = __funnelshift_r(word, word, shift_of(i, half, kPlane) - kFirst);
         const int first = 2 * i - kOdd, second = first + 1;
-        if (first >= 0 && first < kChunk) offsets[first] |= moved & kMask << kFirst;
-        if (second < kChunk) offsets[second] |= moved >> (kSecondFrom - kSecond) & kMask << kSecond;
+        if (first >= 0 && first < kChunk) offsets[first] |= word >> from_half & kMask << kFirst;
+        if (second < kChunk) {
+          const int down = kSecondFrom + from_half - kSecond;
+          offsets[second] |= word >> down & kMask << kSecond;
+        }
       }
     });
   }
@@ -159,8 +165,11 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
     if (kBits == 3) return plane == 0 ? (second == 0 ? 2 : 4) : (second == 0 ? 5 : 6);
     return plane == 0 ? 2 : 6;
   }
-  static constexpr int second_distance(int plane) {
-    return kOrder == CodeOrder::kHalves ? 16 : layout::planes_of(kBits).bits[plane];
+  // Bits between a lane's code and the one `values` further: 1, the second of the pair; 2, the same k of row g + 8.
+  static constexpr int value_distance(int values, int plane) {
+    const layout::BitAddress from = layout::plane_address({0, 0, 0}, kBits, plane, kOrder);
+    const layout::BitAddress to = layout::plane_address({0, 0, values}, kBits, plane, kOrder);
+    return (to.byte - from.byte) * 8 + to.shift - from.shift;
   }
   static constexpr layout::BitAddress address(int row, int k, int plane) {
     return layout::plane_address(layout::fragment_of(row, k % layout::kBlockK), kBits, plane, kOrder);
@@ -178,22 +187,14 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
   // Eight k of a row, from a multiple of eight: one pair of each lane of a quad.
   struct Octet {
     int byte[kPlaneCount];  // of the first lane's 32-bit word, in the tile's first atom
-    int shifts[2][kPlaneCount];
+    int turn[kPlaneCount];
 
     __device__ void set(int g, int k, int plane) {
-      const layout::BitAddress first = address(g, k, plane), second = address(g + 8, k, plane);
+      const layout::BitAddress first = address(g, k, plane);
       byte[plane] = k / layout::kBlockK * kPitch + first.byte / 4 * 4;
-      shifts[0][plane] = first.byte % 4 * 8 + first.shift;
-      shifts[1][plane] = second.byte % 4 * 8 + second.shift;
+      turn[plane] = first.byte % 4 * 8 + first.shift - place(plane, 0);
     }
   };
-  // Of the chunk's i-th pair.
-  __device__ int byte_of(int i, int plane) const {
-    return kShift && pair_ + i >= kQuad ? octets_[kShift].byte[plane] : octets_[0].byte[plane];
-  }
-  __device__ int shift_of(int i, int half, int plane) const {
-    return kShift && pair_ + i >= kQuad ? octets_[kShift].shifts[half][plane] : octets_[0].shifts[half][plane];
-  }
 
   const uint8_t* tile_;
   int pair_;  // the chunk's first, in its octet
@@ -264,7 +265,7 @@ struct TileScales {
   float zeros[layout::kBlockRows][kMaxSlots + 1];
 };
 
-// Of one scale type. A thread has up to five values: it loads four of them before it decodes the first.
+// Of one scale type. A thread has up to five values: it loads two before it decodes the first.
 template <ScaleType kType, bool kPacked, bool kZeros, bool kFlat, bool kShift>
 __device__ __forceinline__ void decode_scales(TileScales& tile, const DequantParameters& p, int64_t slab,
                                               int64_t first_k) {
@@ -291,7 +292,8 @@ __device__ __forceinline__ void decode_scales(TileScales& tile, const DequantPar
   constexpr int kStep = kPacked && !kFlat ? layout::kBlockRows : 1;
   // Of padding and of what lies beyond the last group: 0.
   const int valid = n < w.n ? static_cast<int>(min(p.groups - first_group, int64_t{count})) : 0;
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kType == ScaleType::kNested ? 1 : 2;
+#pragma unroll 1
   for (int first = kPacked ? threadIdx.x / layout::kBlockRows : threadIdx.x % kRowThreads; first < count;
        first += kAtOnce * kRowThreads) {
     float scales[kAtOnce], zeros[kAtOnce];
@@ -479,13 +481,13 @@ struct ChunkWriter {
 };
 
 // Thread blocks of an SM that registers must allow: as many as leave every kernel without a spill.
-template <int kBits, bool kShift>
-constexpr int kBlocksPerSm = !kShift                               ? 6
-                             : layout::planes_of(kBits).count == 1 ? 4
-                                                                   : 3;
+template <int kBits, bool kFlat, bool kShift>
+constexpr int kBlocksPerSm = kShift  ? (layout::planes_of(kBits).count == 1 ? 4 : 3)
+                             : kFlat ? 6
+                                     : 8;
 
 template <int kBits, CodeOrder kOrder, bool kPacked, bool kFlat, bool kShift, class Out>
-__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<kBits, kShift>)
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<kBits, kFlat, kShift>)
     dequantize_tile(const __grid_constant__ DequantParameters p) {
   using Writer = ChunkWriter<kBits, kOrder, kPacked, kFlat, kShift, Out>;
   using Codes = typename Writer::Codes;

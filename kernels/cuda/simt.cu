@@ -23,6 +23,10 @@ namespace {
 constexpr int kThreads = kSimtWarps * layout::kLanes;
 template <class Codes>
 constexpr int kStages = simt_stages(Codes::kBits);
+// Whether a device may be too small for them. Where it cannot, the number is a constant: asked for at run time, it
+// makes the kernels of 8 tokens spill.
+template <class Codes, int kTokens>
+constexpr bool kMayHaveFewStages = simt_may_have_few_stages(Codes::kBits, kTokens);
 constexpr int kLaneRows = 4;  // rows of a unit that a lane works on
 constexpr int kLaneK = 4;     // k of a step that it works on
 constexpr int kQuad = 4;      // lanes with the same rows
@@ -342,12 +346,13 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   const int last = static_cast<int>(int64_t{p.blocks} * (rank + 1) >> p.cluster_shift);
   const int end = row < p.weight.n ? last : begin;  // warps beyond N have no blocks
 
+  const int stages = kMayHaveFewStages<Codes, kTokens> ? p.memory.stages : kStages<Codes>;
   // Nothing of the weight was written by the kernel before: request it at once.
   launch_dependents();
   uint8_t* const memory = shared + p.memory.warps + warp * p.memory.warp_bytes;
   const UnitSource<Codes, kGroups> source(p, row, lane);
 #pragma unroll 1
-  for (int i = 0; i < p.memory.stages; ++i) {
+  for (int i = 0; i < stages; ++i) {
     const int block = begin + k_warp + i * k_warps;
     if (block < end) source.request(p, memory + i * p.memory.stage_bytes, block, lane);
     copy_async_commit();
@@ -373,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
     __syncthreads();
     for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
-      if (kStages<Codes> == kSimtFewStages || p.memory.stages == kStages<Codes>) {
+      if (stages == kStages<Codes>) {
         copy_async_wait<kStages<Codes> - 1>();
       } else {
         copy_async_wait<kSimtFewStages - 1>();
@@ -395,10 +400,10 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
       float sums[kLaneRows][kTokens];
       multiply_steps<Codes, kTokens, kGroups>(p, unit, lane, sums, totals);
       __syncwarp();  // the stage was read
-      const int next = block + p.memory.stages * k_warps;
+      const int next = block + stages * k_warps;
       if (next < end) source.request(p, stored, next, lane);
       copy_async_commit();
-      stage = stage + 1 < p.memory.stages ? stage + 1 : 0;
+      stage = stage + 1 < stages ? stage + 1 : 0;
     }
   }
   copy_async_wait<0>();
