@@ -76,10 +76,12 @@ class TileCodes<kBits, kOrder, /*kPacked=*/true, kChunk, kShift> {
     const auto* from =
         reinterpret_cast<const uint4*>(p.weight.codes + (slab * p.blocks + first) * layout::block_bytes(kBits));
     const int count = static_cast<int>(min(int64_t{kBlocks}, p.blocks - first)) * kPieces;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += kTileThreads) {
+    // A whole tile's number of pieces is known: unrolled, addresses are constants apart.
+#pragma unroll
+    for (int at = 0; at < kBlocks * kPieces; at += kTileThreads) {
+      const int i = at + static_cast<int>(threadIdx.x);
       // Asynchronous, so that scales are decoded while codes are on their way.
-      __pipeline_memcpy_async(tile + i / kPieces * kPitch + i % kPieces * 16, from + i, 16);
+      if (i < count) __pipeline_memcpy_async(tile + i / kPieces * kPitch + i % kPieces * 16, from + i, 16);
     }
     __pipeline_commit();
   }

@@ -21,12 +21,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSimtWarps * layout::kLanes;
-template <class Codes>
-constexpr int kStages = simt_stages(Codes::kBits);
-// Whether a device may be too small for them. Where it cannot, the number is a constant: asked for at run time, it
-// makes the kernels of 8 tokens spill.
-template <class Codes, int kTokens>
-constexpr bool kMayHaveFewStages = simt_may_have_few_stages(Codes::kBits, kTokens);
 constexpr int kLaneRows = 4;  // rows of a unit that a lane works on
 constexpr int kLaneK = 4;     // k of a step that it works on
 constexpr int kQuad = 4;      // lanes with the same rows
@@ -333,7 +327,7 @@ __device__ __forceinline__ void store_output(const Params& p, int64_t token, int
   store_float(p.y, token * p.ldy + n, p.dtype, value);
 }
 
-template <class Codes, int kTokens, Groups kGroups>
+template <class Codes, int kTokens, Groups kGroups, int kStages>
 __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % layout::kLanes, warp = threadIdx.x / layout::kLanes;
@@ -346,13 +340,12 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   const int last = static_cast<int>(int64_t{p.blocks} * (rank + 1) >> p.cluster_shift);
   const int end = row < p.weight.n ? last : begin;  // warps beyond N have no blocks
 
-  const int stages = kMayHaveFewStages<Codes, kTokens> ? p.memory.stages : kStages<Codes>;
   // Nothing of the weight was written by the kernel before: request it at once.
   launch_dependents();
   uint8_t* const memory = shared + p.memory.warps + warp * p.memory.warp_bytes;
   const UnitSource<Codes, kGroups> source(p, row, lane);
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) {
+  for (int i = 0; i < kStages; ++i) {
     const int block = begin + k_warp + i * k_warps;
     if (block < end) source.request(p, memory + i * p.memory.stage_bytes, block, lane);
     copy_async_commit();
@@ -378,11 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
     __syncthreads();
     for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
-      if (stages == kStages<Codes>) {
-        copy_async_wait<kStages<Codes> - 1>();
-      } else {
-        copy_async_wait<kSimtFewStages - 1>();
-      }
+      copy_async_wait<kStages - 1>();
       __syncwarp();
       if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values(p, memory, stored, map, lane);
       Unit<Codes> unit;
@@ -400,10 +389,10 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
       float sums[kLaneRows][kTokens];
       multiply_steps<Codes, kTokens, kGroups>(p, unit, lane, sums, totals);
       __syncwarp();  // the stage was read
-      const int next = block + stages * k_warps;
+      const int next = block + kStages * k_warps;
       if (next < end) source.request(p, stored, next, lane);
       copy_async_commit();
-      stage = stage + 1 < stages ? stage + 1 : 0;
+      stage = stage + 1 < kStages ? stage + 1 : 0;
     }
   }
   copy_async_wait<0>();
@@ -480,10 +469,13 @@ const char* run(const GemmProblem& problem) {
   const int shared_bytes = p.memory.x + std::max(x_bytes, simt_sum_bytes(kTokens, p.plan.tile_rows()));
   if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
   if (p.plan.thread_blocks() > INT32_MAX) return "simt: too many thread blocks";
-  return launch(&simt_kernel<Codes, kTokens, kGroups>,
-                {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
-                 problem.programmatic_launch && device.clusters, problem.stream},
-                p);
+  const LaunchShape shape{static_cast<unsigned>(p.plan.thread_blocks()),  kThreads,      shared_bytes, p.plan.cluster,
+                          problem.programmatic_launch && device.clusters, problem.stream};
+  constexpr int kMost = simt_stages(Codes::kBits);
+  if constexpr (kGroups == Groups::kSteps && simt_may_have_few_stages(Codes::kBits, kTokens)) {
+    if (p.memory.stages != kMost) return launch(&simt_kernel<Codes, kTokens, kGroups, kSimtFewStages>, shape, p);
+  }
+  return launch(&simt_kernel<Codes, kTokens, kGroups, kMost>, shape, p);
 }
 
 template <class Codes, Groups kGroups>

@@ -21,7 +21,8 @@ constexpr int kSimtMaxCluster = 8;  // the portable limit
 // where a device has too little shared memory.
 constexpr int simt_stages(int bits) { return bits == 8 ? 4 : 6; }
 constexpr int kSimtFewStages = 4;
-// Whether there is such a device: 4 bits have the largest table and zeros, and more tokens run on larger devices only.
+// Whether there is such a device, with groups of 16 or 32: 4 bits have the largest table, and zeros; more tokens run on
+// larger devices only.
 constexpr bool simt_may_have_few_stages(int bits, int tokens) { return bits == 4 && tokens <= 4; }
 
 // Tokens of the largest tile: eight may take more shared memory than sm_86, sm_89 and sm_120 have, 99 KB.

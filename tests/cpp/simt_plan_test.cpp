@@ -26,7 +26,7 @@ void check(const Weight& w, int tokens, int device_bytes) {
       w.flat_scales || w.group_size >= layout::kBlockK ? 1 : layout::kBlockK / static_cast<int>(w.group_size);
   const SimtMemory at = simt_memory(w, groups, tokens, device_bytes);
   const int values = w.flat_scales ? 0 : groups * kSimtUnitRows;
-  const bool few = at.stages == kSimtFewStages && simt_may_have_few_stages(w.bits, tokens);
+  const bool few = at.stages == kSimtFewStages && groups > 1 && simt_may_have_few_stages(w.bits, tokens);
   expect(at.stages == simt_stages(w.bits) || few, "stages", w, tokens, device_bytes);
   expect(at.scales >= kSimtUnitAtoms * layout::atom_bytes(w.bits) &&
              at.zeros >= at.scales + values * size_of(w.scale_type) &&
