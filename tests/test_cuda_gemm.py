@@ -290,8 +290,8 @@ def test_nan_and_inf_stay_in_their_row() -> None:
 def test_any_x(name: str, dtype: torch.dtype) -> None:
     """Strided, transposed, expanded, flipped and offset views equal their contiguous copies, bit for bit."""
     k, n = 100, 70
-    # A format whose scales are not flat at this K: torch's GEMM, which the dispatch takes for those, gives other bits for
-    # other strides.
+    # A format whose scales are not flat at this K: torch's GEMM, which the dispatch takes for those, gives other bits
+    # for other strides.
     variant = next(v for v in VARIANTS if not v.format.flat_blocks)
     packed, w_exact = on_gpu(make_weight(variant, n, k))
     base = random_x(12, 3 * k + 7, dtype)

@@ -40,12 +40,19 @@ struct DequantParameters {
   void* out;
   int64_t ld;
   int group_shift;
+  int unit_shift;         // of k in units of kMinGroup
+  int row_groups;         // of a row
   int64_t groups;         // of a row; of the weight where scales are flat
   int64_t packed_groups;  // of a slab
   CodeRows rows;
   int64_t blocks;  // along k
   uint32_t tiles;  // along k
 };
+
+// K below 2^36.
+__device__ __forceinline__ unsigned in_units(int64_t k) {
+  return static_cast<unsigned>(static_cast<uint64_t>(k) / kMinGroup);
+}
 
 // The codes of a tile as they lie in memory, from which a thread reads chunks of a fixed place in the rows. What they
 // stand for is looked up in shared memory: `extract` gives offsets into a table (or two: first and second codes of a
@@ -279,21 +286,24 @@ __device__ __forceinline__ void decode_scales(TileScales& tile, const DequantPar
   w.nested_offset = &offset;
   constexpr int kReach = kTileK + (kShift ? kMaxShift : 0);
   const int64_t last_k = min(first_k + kReach, w.k) - 1;
-  // Flat groups may begin anywhere in a tile.
+  // Groups of a row in 32 bits: k in units of the smallest group. Flat groups may begin anywhere in a tile.
+  const unsigned row_group = in_units(first_k) >> p.unit_shift;
   const int count = kFlat ? (static_cast<int>(w.group_size) + kReach - 2 >> p.group_shift) + 1
-                          : static_cast<int>((last_k >> p.group_shift) - (first_k >> p.group_shift)) + 1;
+                          : static_cast<int>((in_units(last_k) >> p.unit_shift) - row_group) + 1;
   // A thread stays in its row; neighbours are neighbours in memory.
   constexpr int kRowThreads = kTileThreads / layout::kBlockRows;
   const int row = kPacked ? layout::scale_row(threadIdx.x % layout::kBlockRows) : threadIdx.x / kRowThreads;
   const int64_t n = slab * layout::kBlockRows + row;
-  const int64_t first_group = ((kFlat ? n * w.k : 0) + first_k) >> p.group_shift;
+  const int64_t first_group = kFlat ? (n * w.k + first_k) >> p.group_shift : int64_t{row_group};
   const int64_t first_number = kFlat ? first_group : n * p.groups + first_group;
   const int64_t first_index =
       kPacked && !kFlat ? (slab * p.packed_groups + first_group) * layout::kBlockRows + layout::scale_position(row)
                         : first_number;
   constexpr int kStep = kPacked && !kFlat ? layout::kBlockRows : 1;
   // Of padding and of what lies beyond the last group: 0.
-  const int valid = n < w.n ? static_cast<int>(min(p.groups - first_group, int64_t{count})) : 0;
+  const int left = kFlat ? static_cast<int>(min(p.groups - first_group, int64_t{count}))
+                         : p.row_groups - static_cast<int>(row_group);
+  const int valid = n < w.n ? min(left, count) : 0;
   constexpr int kAtOnce = kType == ScaleType::kNested ? 1 : 2;
 #pragma unroll 1
   for (int first = kPacked ? threadIdx.x / layout::kBlockRows : threadIdx.x % kRowThreads; first < count;
@@ -414,7 +424,7 @@ struct ChunkWriter {
     const unsigned in_group = static_cast<unsigned>(w.group_size) - 1;
     // 2^23 + code is a float whose low bits are the code.
     const float magic = 8388608.0f + static_cast<float>(w.bias);
-    int slot = static_cast<int>(((first_k + k) >> p.group_shift) - (first_k >> p.group_shift));
+    int slot = static_cast<int>((in_units(first_k + k) >> p.unit_shift) - (in_units(first_k) >> p.unit_shift));
     int group_left = kChunk;  // codes of the chunk in the first one's group
     if (kShift && !kFlat && p.group_shift != kNoShift) {
       group_left = w.group_size - ((first_k + k) & (w.group_size - 1)) < kChunk
@@ -483,13 +493,13 @@ struct ChunkWriter {
 };
 
 // Thread blocks of an SM that registers must allow: as many as leave every kernel without a spill.
-template <int kBits, bool kFlat, bool kShift>
-constexpr int kBlocksPerSm = kShift  ? (layout::planes_of(kBits).count == 1 ? 4 : 3)
-                             : kFlat ? 6
-                                     : 8;
+template <int kBits, bool kFlat, bool kShift, class Out>
+constexpr int kBlocksPerSm = kShift                                      ? (layout::planes_of(kBits).count == 1 ? 4 : 3)
+                             : kFlat || (kBits == 3 && sizeof(Out) == 4) ? 6
+                                                                         : 8;
 
 template <int kBits, CodeOrder kOrder, bool kPacked, bool kFlat, bool kShift, class Out>
-__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<kBits, kFlat, kShift>)
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerSm<kBits, kFlat, kShift, Out>)
     dequantize_tile(const __grid_constant__ DequantParameters p) {
   using Writer = ChunkWriter<kBits, kOrder, kPacked, kFlat, kShift, Out>;
   using Codes = typename Writer::Codes;
@@ -602,6 +612,8 @@ const char* dequantize(const DequantizeProblem& problem) {
   p.out = problem.out;
   p.ld = problem.ld;
   p.group_shift = group_shift(w);
+  p.unit_shift = p.group_shift == kNoShift ? 31 : p.group_shift - __builtin_ctz(kMinGroup);
+  p.row_groups = static_cast<int>(w.groups());
   p.groups = w.flat_scales ? layout::ceil_div(w.n * w.k, w.group_size) : w.groups();
   p.packed_groups = layout::packed_groups(w.k, w.group_size);
   p.rows = CodeRows::of(w.n, w.k, w.bits);
