@@ -581,7 +581,7 @@ def test_y_is_written_where_nan_stood() -> None:
     x = random_x(8, 1000, torch.float32)
     torch.cuda.synchronize()
     address = poison((8, 520), torch.float32)
-    y = linear(x, packed)
+    y = gemm(x, packed, None, index_of("cuda_simt_fp32"))  # the dispatch may dequantize into a tensor of its own
     assert y.data_ptr() == address
     assert bool(torch.isfinite(y).all())
 
