@@ -1,0 +1,594 @@
+// The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
+// are the A operand, in registers, tokens the n of the MMA, in shared memory.
+//
+// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage is
+//          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
+//          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
+// Scales   Three more warps take turns at the stages to make scales of any type what decode multiplies with.
+// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the step
+//          before run: two sets of registers, and one group of MMAs always in flight.
+// Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
+//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which each
+//          CTA adds the tokens it stores. Every sum is added in one fixed order.
+// Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/stream/codebook_factor.hpp"
+#include "kernels/cuda/wgmma/codes.cuh"
+#include "kernels/cuda/wgmma/params.hpp"
+#include "kernels/cuda/wgmma/scales.cuh"
+#include "kernels/layout.hpp"
+
+namespace cutlass_ext::cuda::wgmma {
+
+constexpr int kAtomBytes = layout::atom_bytes(4);
+constexpr int kBlockBytes = layout::block_bytes(4);
+constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
+constexpr int kUnitTokens = 16;                  // what a stmatrix stores
+constexpr int kResolveWarps = 3;
+
+struct Arguments {
+  CUtensorMap x;
+  Params params;
+};
+
+template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
+struct Config {
+  using Codes = Codes_;
+  using T = typename Codes::T;
+  static constexpr int kTokens = kTokens_;          // of a tile
+  static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
+  static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
+  // Of 64 K registers: what the launch gives every thread is dealt again.
+  static constexpr int kCopyRegisters = 40;
+  static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
+  static constexpr int kSums = kTokens / 2;  // of a lane and slab
+  using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
+  using Atom = decltype(cute::GMMA::rs_op_selector<
+Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>, cute::GMMA::Major::K,
+                        cute::GMMA::Major::K>());
+};
+
+// Runs through the stages of the ring, over all tiles.
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct Tile {
+  int row, token;  // in tiles of a cluster
+};
+
+template <class C>
+class Kernel {
+ public:
+  using T = typename C::T;
+  using Codes = typename C::Codes;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+  __device__ __forceinline__ Kernel(const Arguments& arguments, uint8_t* shared)
+      : arguments(arguments), p(arguments.params), memory(shared), shared(cute::cast_smem_ptr_to_uint(shared)) {
+    full = reinterpret_cast<uint64_t*>(shared + p.barriers_at);
+    resolved = full + p.stages;
+    empty = resolved + p.stages;
+    const int rank = blockIdx.x % (p.cluster_n * p.cluster_k);
+    part = rank / p.cluster_n;
+    rank_n = rank % p.cluster_n;
+    first_tile = blockIdx.x / (p.cluster_n * p.cluster_k);
+    block0 = part * p.part_blocks + min(part, p.part_rest);
+    blocks = p.part_blocks + (part < p.part_rest ? 1 : 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroupThreads, 0);
+    launch_dependents();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < p.stages; ++i) {
+        Barrier::init(full + i, 1);
+        Barrier::init(resolved + i, 1);
+        Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
+      }
+      cutlass::arch::fence_barrier_init();
+    }
+    if constexpr (Codes::kTable) copy_codebook();
+    if (p.scale_type == int(ScaleType::kNested)) {
+      for (int i = threadIdx.x; i < kNestedMapSize; i += blockDim.x) {
+        store_shared_float(shared + p.nested_map_at + i * 4, __ldg(p.nested_map + i));
+      }
+    }
+    __syncthreads();
+    if (in_cluster()) cluster_wait_for_all();
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<C::kCopyRegisters>();
+      const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+      if (warp == 0) {
+        copy();
+      } else {
+        resolve(warp - 1);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<C::kMultiplyRegisters>();
+      multiply(warpgroup - 1);
+    }
+    // Others may still copy x to this CTA, or arrive at its barriers.
+    if (in_cluster()) cluster_wait_for_all();
+  }
+
+ private:
+  const Arguments& arguments;
+  const Params& p;
+  uint8_t* memory;
+  uint32_t shared;
+  uint64_t* full;      // of each stage: copied
+  uint64_t* resolved;  // its scales too
+  uint64_t* empty;     // read
+  int part, rank_n, first_tile;
+  int block0, blocks;  // this CTA's k blocks
+
+  __device__ __forceinline__ bool in_cluster() const { return p.cluster_n * p.cluster_k > 1; }
+  __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
+
+  __device__ __forceinline__ Tile tile_at(int index) const {
+    const int band_tiles = p.raster * p.token_tiles;
+    const int band = index / band_tiles;
+    const int rows = min(p.raster, p.row_tiles - band * p.raster);
+    const int rest = index - band * band_tiles;
+    return {band * p.raster + rest % rows, rest / rows};
+  }
+
+  __device__ __forceinline__ int first_slab(Tile tile) const {
+    return (tile.row * p.cluster_n + rank_n) * p.slabs_per_cta;
+  }
+  // Slabs behind the weight do the last one again; nobody stores it.
+  __device__ __forceinline__ int existing(int slab) const { return min(slab, p.slabs - 1); }
+
+  // ---- the codebook
+
+  // Sixteen values of the type of x, low bytes first, and what undoes their factor. By the first warp.
+  __device__ __forceinline__ void copy_codebook() const {
+    if (threadIdx.x >= 32) return;
+    const int i = threadIdx.x % kCodebookSize;
+    const bool given = p.codebook_data != nullptr;
+    const float factor = given ? search_factor() : p.codebook_factor;
+    const T rounded = T((given ? p.codebook_data[i] : p.codebook[i]) * factor);
+    const uint16_t bits = *reinterpret_cast<const uint16_t*>(&rounded);
+    memory[p.codebook_at + i] = uint8_t(bits);
+    memory[p.codebook_at + kCodebookSize + i] = uint8_t(bits >> 8);
+    if (threadIdx.x == 0) store_shared_float(shared + p.codebook_at + 2 * kCodebookSize, 1 / factor);
+  }
+
+  // A weight's own codebook is not known to the host: every lane tries one factor.
+  __device__ __forceinline__ float search_factor() const {
+    const float error = stream::rounding_error(p.codebook_data, stream::factor_at(threadIdx.x % stream::kFactors),
+                                               [](float v) { return float(T(v)); });
+    // Errors are not negative, so that their bits are in their order.
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, __float_as_uint(error));
+    return stream::factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
+  }
+
+  __device__ __forceinline__ typename Codes::Table load_table() const {
+    typename Codes::Table table;
+    if constexpr (Codes::kTable) {
+      const uint4 low = load_shared_16(shared + p.codebook_at);
+      const uint4 high = load_shared_16(shared + p.codebook_at + kCodebookSize);
+      table.low[0] = low.x, table.low[1] = low.y, table.low[2] = low.z, table.low[3] = low.w;
+      table.high[0] = high.x, table.high[1] = high.y, table.high[2] = high.z, table.high[3] = high.w;
+    }
+    return table;
+  }
+
+  // ---- copies
+
+  __device__ __forceinline__ void copy() {
+    const bool copies = cute::elect_one_sync();
+    if (copies) cute::prefetch_tma_descriptor(&arguments.x);
+    RingPosition at;
+    bool first = true;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      if (copies) {
+        const Tile tile = tile_at(index);
+        int block = 0;
+        if (first) {
+          // Weights do not depend on the kernel before.
+          const int ahead = min(p.stages, blocks);
+          for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
+          wait_for_previous_kernel();
+          for (; block < ahead; ++block, at.advance(p.stages)) copy_x(tile, block, at.stage);
+        }
+        for (; block < blocks; ++block, at.advance(p.stages)) {
+          Barrier::wait(empty + at.stage, at.phase ^ 1);
+          copy_weights(tile, block, at.stage);
+          copy_x(tile, block, at.stage);
+        }
+        first = false;
+      }
+      skip_sums();
+    }
+  }
+
+  // Takes part in the barriers of add_parts.
+  __device__ __forceinline__ void skip_sums() const {
+    __syncwarp();
+    if (p.cluster_k > 1) {
+      cluster_sync();
+      cluster_sync();
+    }
+  }
+
+  __device__ __forceinline__ void copy_weights(Tile tile, int block, int stage) const {
+    const uint32_t to = stage * p.stage_bytes;
+    Barrier::arrive_and_expect_tx(full + stage, p.copy_bytes);
+    const int64_t k_block = block0 + block;
+    const int64_t group_at = p.groups_in_block > 1 ? k_block : k_block >> p.group_shift;
+    for (int i = 0; i < p.slabs_per_cta; ++i) {
+      const int64_t slab = existing(first_slab(tile) + i);
+      bulk_copy(to + p.codes_at + i * kBlockBytes, p.codes + slab * p.slab_code_bytes + k_block * kBlockBytes,
+                kBlockBytes, stage);
+      bulk_copy(to + p.scales_at + i * p.group_scale_bytes,
+                p.scales + slab * p.slab_scale_bytes + group_at * p.group_scale_bytes, p.group_scale_bytes, stage);
+      if (p.zero_bytes != 0) {
+        bulk_copy(to + p.zeros_at + i * p.group_zero_bytes,
+                  p.zeros + slab * p.slab_zero_bytes + group_at * p.group_zero_bytes, p.group_zero_bytes, stage);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void bulk_copy(uint32_t to, const uint8_t* from, uint32_t bytes, int stage) const {
+    cute::SM90_BULK_COPY_G2S::copy(from, full + stage, memory + to, int32_t(bytes));
+  }
+
+  __device__ __forceinline__ void copy_x(Tile tile, int block, int stage) const {
+    constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    uint8_t* to = memory + stage * p.stage_bytes;
+    const int k = (block0 + block) * layout::kBlockK;
+    if (p.cluster_n == 1) {
+      cute::SM90_TMA_LOAD_2D::copy(&arguments.x, full + stage, kHint, to, k, tile.token * C::kTokens);
+    } else {
+      const int share = C::kTokens / p.cluster_n;
+      const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
+      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&arguments.x, full + stage, mask, kHint, to + rank_n * share * kXRowBytes,
+                                             k, tile.token * C::kTokens + rank_n * share);
+    }
+  }
+
+  // ---- scales
+
+  // One of kResolveWarps warps, which take turns at the stages.
+  __device__ __forceinline__ void resolve(int turn) {
+    const int lane = threadIdx.x % 32;
+    const ScaleResolver<Codes> resolver(p, shared, lane);
+    const int groups = p.slabs_per_cta * p.groups_in_block;
+    const int group_shift = p.groups_in_block >> 1;  // log2
+    const bool nested = p.scale_type == int(ScaleType::kNested);
+    RingPosition at;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      const Tile tile = tile_at(index);
+      for (int block = 0; block < blocks; ++block, at.advance(p.stages)) {
+        if (turn != 0) {
+          --turn;
+          continue;
+        }
+        turn = kResolveWarps - 1;
+        typename ScaleResolver<Codes>::SecondLevel second{};
+        const auto load_second_level = [&](int i) {
+          if (nested) {
+            second = resolver.load_second_level(existing(first_slab(tile) + (i >> group_shift)), block0 + block,
+                                                i & (p.groups_in_block - 1));
+          }
+        };
+        load_second_level(0);
+        Barrier::wait(full + at.stage, at.phase);
+        for (int i = 0; i < groups; ++i) {
+          const auto current = second;
+          if (i + 1 < groups) load_second_level(i + 1);
+          resolver.resolve(shared + at.stage * p.stage_bytes, i, current);
+        }
+        __syncwarp();
+        if (lane == 0) Barrier::arrive(resolved + at.stage);
+      }
+      skip_sums();
+    }
+  }
+
+  // ---- the main loop
+
+  struct Sums {
+    float v[C::kRowTiles][C::kSums];
+  };
+
+  __device__ __forceinline__ void multiply(int warpgroup) {
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32 % 4, 0);
+    const int lane = threadIdx.x % 32;
+    const typename Codes::Table table = load_table();
+    wait_for_previous_kernel();
+    RingPosition at;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      const Tile tile = tile_at(index);
+      Sums sums;
+      multiply_tile(warpgroup * C::kRowTiles, warp, lane, table, at, sums);
+      finish_tile(tile, warpgroup, warp, lane, sums);
+    }
+  }
+
+  // All CTAs that copy x into this stage learn that it is free.
+  __device__ __forceinline__ void release(int stage, int lane) const {
+    if (p.cluster_n == 1) {
+      if (lane == 0) Barrier::arrive(empty + stage);
+    } else if (lane < p.cluster_n) {
+      Barrier::arrive(empty + stage, uint32_t(part * p.cluster_n + lane), 1u);
+    }
+  }
+
+  // The B operand of a block's first k16 step; the next ones lie 32 bytes further each.
+  __device__ __forceinline__ cute::GmmaDescriptor descriptor(uint32_t x) const {
+    cute::GmmaDescriptor d;
+    d.desc_ = 0;
+    d.bitfield.start_address_ = uint16_t((x & 0x3FFFF) >> 4);
+    d.bitfield.leading_byte_offset_ = 1;
+    d.bitfield.stride_byte_offset_ = 8 * kXRowBytes >> 4;
+    d.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::B128);
+    return d;
+  }
+
+  // With `accumulate` false the sums start anew.
+  __device__ __forceinline__ static void issue(float (&sums)[C::kSums], const uint32_t (&a)[4], uint64_t b,
+                                               bool accumulate) {
+    const uint64_t descriptor[1] = {b};
+    const cute::SM90::GMMA::ScaleOut scale[1] = {accumulate ? cute::SM90::GMMA::ScaleOut::One
+                                                            : cute::SM90::GMMA::ScaleOut::Zero};
+    cute::detail::explode(C::Atom::fma, a, cute::make_int_sequence<4>{}, descriptor, cute::make_int_sequence<1>{}, sums,
+                          cute::make_int_sequence<C::kSums>{}, scale, cute::seq<0>{});
+  }
+
+  __device__ __forceinline__ static void repeat(uint32_t pair, uint32_t (&twice)[2]) {
+    twice[0] = __byte_perm(pair, 0, 0x1010);
+    twice[1] = __byte_perm(pair, 0, 0x3232);
+  }
+
+  // `slab0`: the warpgroup's first slab in the CTA.
+  __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
+                                                RingPosition& at, Sums& sums) const {
+    // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
+    const uint32_t codes_at = p.codes_at + slab0 * kBlockBytes + warp * kAtomBytes + lane * 16;
+    const uint32_t scales_at = p.resolved_at + (slab0 * p.groups_in_block * layout::kBlockRows + (lane >> 2) * 8 + 2 * warp) * 2;
+    const uint32_t slab_scales = p.groups_in_block * layout::kBlockRows * 2;
+    uint4 w;                       // codes of the slab that is decoded
+    uint32_t pair, zero_pair = 0;  // and its scales
+    Scale scale;
+    uint32_t a[2][2][4];  // operands of the two halves of a block
+    const auto fetch_scale = [&](int r, int group) __attribute__((always_inline)) {
+      const uint32_t from = shared + at.stage * p.stage_bytes + scales_at + r * slab_scales + group * layout::kBlockRows * 2;
+      pair = load_shared_4(from);
+      if constexpr (!Codes::kTable) {
+        zero_pair = load_shared_4(from + p.resolved_bytes);
+        if (p.has_rest) repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.rest);
+      }
+    };
+    const auto fetch = [&](int r) __attribute__((always_inline)) {
+      w = load_shared_16(shared + at.stage * p.stage_bytes + codes_at + r * kBlockBytes);
+      fetch_scale(r, 0);
+    };
+    const auto take_scale = [&]() __attribute__((always_inline)) {
+      repeat(pair, scale.scale);
+      if constexpr (!Codes::kTable) repeat(zero_pair, scale.zero);
+    };
+    // Groups of 16 and 32 change within a block.
+    const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
+      if (step > 0 && p.groups_in_block * step % layout::kSteps == 0) {
+        fetch_scale(r, p.groups_in_block * step / layout::kSteps);
+        take_scale();
+      }
+      Codes::decode(word, table, scale, to);
+      if (!Codes::kTable && p.has_rest) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[i] = as_bits(__hadd2(as_pair<T>(to[i]), as_pair<T>(scale.rest[i & 1])));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = as_bits(__hmul2(as_pair<T>(to[i]), as_pair<T>(scale.scale[i & 1])));
+    };
+    const auto decode = [&](int r, int half) __attribute__((always_inline)) {
+      if (half == 0) take_scale();
+      decode_step(r, 2 * half, half == 0 ? w.x : w.z, a[half][0]);
+      decode_step(r, 2 * half + 1, half == 0 ? w.y : w.w, a[half][1]);
+    };
+    const auto wait_for_stage = [&]() __attribute__((always_inline)) {
+      Barrier::wait(full + at.stage, at.phase);
+      Barrier::wait(resolved + at.stage, at.phase);
+    };
+
+    wait_for_stage();
+    fetch(0);
+    decode(0, 0);
+    int left = blocks;  // at least one
+    bool first = true;
+#pragma unroll 1
+    do {
+      const cute::GmmaDescriptor x = descriptor(shared + at.stage * p.stage_bytes);
+      const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          cute::warpgroup_arrive();
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            cute::GmmaDescriptor b = x;
+            b.reg32_[0] += (2 * half + step) * (layout::kStepK * 2 >> 4);
+            issue(sums.v[r], a[half][step], b.desc_, !first || half > 0 || step > 0);
+          }
+          cute::warpgroup_commit_batch();
+          const bool last = r + 1 == C::kRowTiles && half == 1;
+          if (!last) {
+            if (half == 1) fetch(r + 1);
+            cute::warpgroup_wait<1>();
+            if (r == 0 && half == 0 && !first) release(stage_before, lane);
+            decode(half == 1 ? r + 1 : r, 1 - half);
+          }
+        }
+      }
+      at.advance(p.stages);
+      const bool more = left > 1;
+      if (more) {
+        wait_for_stage();
+        fetch(0);
+      }
+      cute::warpgroup_wait<1>();
+      if (more) decode(0, 0);
+      first = false;
+    } while (--left > 0);
+    cute::warpgroup_wait<0>();
+    release(at.stage == 0 ? p.stages - 1 : at.stage - 1, lane);
+  }
+
+  // ---- sums
+
+  __device__ __forceinline__ static float4 load_remote_float4(uint32_t address, int rank) {
+    float4 v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 from;\n"
+        "mapa.shared::cluster.u32 from, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [from];\n"
+        "}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return v;
+  }
+
+  // A CTA of a part of K stores every cluster_k-th 16 tokens.
+  __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster_k == part; }
+
+  // Adds the sums of all parts of K, for the tokens that this CTA stores. They lie in the ring, as lanes hold them.
+  __device__ __forceinline__ void add_parts(int warpgroup, Sums& sums) const {
+    constexpr int kQuads = C::kSums / 4;  // of 8 tokens
+    const uint32_t mine =
+        shared + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const float* v = sums.v[r] + 4 * q;
+        store_shared_16(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+                        make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                                   __float_as_uint(v[3])));
+      }
+    cluster_sync();
+#pragma unroll 1
+    for (int source = 0; source < p.cluster_k; ++source) {
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          if (!stores(q / 2)) continue;
+          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+                                              source * p.cluster_n + rank_n);
+          float* to = sums.v[r] + 4 * q;
+          to[0] = v.x + (source > 0 ? to[0] : 0);
+          to[1] = v.y + (source > 0 ? to[1] : 0);
+          to[2] = v.z + (source > 0 ? to[2] : 0);
+          to[3] = v.w + (source > 0 ? to[3] : 0);
+        }
+    }
+    cute::tma_store_fence();  // the next copies into the ring come from another proxy
+    cluster_sync();
+  }
+
+  __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
+    if (p.cluster_k > 1) add_parts(warpgroup, sums);
+    float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
+    if constexpr (Codes::kTable) factor *= load_shared_float(shared + p.codebook_at + 2 * kCodebookSize);
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
+    const int first_token = tile.token * C::kTokens;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      const int slab_row = (first_slab(tile) + warpgroup * C::kRowTiles + r) * layout::kBlockRows;
+      const int row = slab_row + warp * layout::kAtomRows + (lane >> 2);
+      float bias[2] = {};
+      if (p.bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (row + 8 * i < p.n) bias[i] = float(static_cast<const T*>(p.bias)[row + 8 * i]);
+        }
+      }
+#pragma unroll
+      for (int first_unit = 0; first_unit < C::kTokens / kUnitTokens; first_unit += C::kOutputTokens / kUnitTokens) {
+        if (first_token + first_unit * kUnitTokens >= p.m) break;
+#pragma unroll
+        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
+          if (!stores(first_unit + u)) continue;
+          const float* v = sums.v[r] + 8 * (first_unit + u);
+          uint32_t pairs[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            pairs[i] = as_bits(Pair<T>::of(v[2 * i] * factor + bias[i & 1], v[2 * i + 1] * factor + bias[i & 1]));
+          }
+          // Matrix lane / 8 has 8 tokens of the rows g (even) or g + 8.
+          const int token = u * kUnitTokens + (lane >> 4) * 8 + (lane & 7);
+          const int piece = 2 * warp + (lane >> 3 & 1);
+          cute::SM90_U16x8_STSM_T::copy(
+              pairs[0], pairs[1], pairs[2], pairs[3],
+              *reinterpret_cast<cute::uint128_t*>(output + token * kXRowBytes + (piece ^ (token & 7)) * 16));
+        }
+        sync_warps(1 + warpgroup, kWarpgroupThreads);
+#pragma unroll
+        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
+          const int token = u * kUnitTokens + thread / 8;
+          const int piece = thread % 8;
+          const int y_token = first_token + first_unit * kUnitTokens + token;
+          if (!stores(first_unit + u) || y_token >= p.m) continue;
+          store_piece(y_token, slab_row + piece * 8,
+                      load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes +
+                                     (piece ^ (token & 7)) * 16));
+        }
+        sync_warps(1 + warpgroup, kWarpgroupThreads);
+      }
+    }
+  }
+
+  // Eight rows of a token.
+  __device__ __forceinline__ void store_piece(int token, int row, uint4 v) const {
+    uint16_t* y = static_cast<uint16_t*>(p.y) + token * p.ldy + row;
+    if (p.y_vector) {
+      if (row < p.n) *reinterpret_cast<uint4*>(y) = v;
+      return;
+    }
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (row + i < p.n) y[i] = uint16_t(words[i / 2] >> 16 * (i % 2));
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) wgmma_kernel(const __grid_constant__ Arguments arguments) {
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+  extern __shared__ __align__(kSharedAlignment) uint8_t shared[];
+  Kernel<C>(arguments, shared).run();
+#endif
+}
+
+}  // namespace cutlass_ext::cuda::wgmma
