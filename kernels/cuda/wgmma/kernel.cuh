@@ -38,19 +38,21 @@ constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
 constexpr int kUnitTokens = 16;                  // what a stmatrix stores
 constexpr int kResolveWarps = 3;
+constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
 
 struct Arguments {
-  CUtensorMap x;
+  CUtensorMap x, codes, scales, zeros;
   Params params;
 };
 
-template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
+template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_, bool kFine_>
 struct Config {
   using Codes = Codes_;
   using T = typename Codes::T;
   static constexpr int kTokens = kTokens_;          // of a tile
   static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
+  static constexpr bool kFine = kFine_;  // also groups below a block, and zeros of more bits than x's type
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
   // Of 64 K registers: what the launch gives every thread is dealt again.
@@ -90,8 +92,9 @@ class Kernel {
   __device__ __forceinline__ Kernel(const Arguments& arguments, uint8_t* shared)
       : arguments(arguments), p(arguments.params), memory(shared), shared(cute::cast_smem_ptr_to_uint(shared)) {
     full = reinterpret_cast<uint64_t*>(shared + p.barriers_at);
-    resolved = full + p.stages;
-    empty = resolved + p.stages;
+    resolved = full + kMaxStages;
+    empty = resolved + kMaxStages;
+    asm("" : "+r"(this->shared));  // kept: to compute it again takes the CTA's rank, read anew each time
     const int rank = blockIdx.x % (p.cluster_n * p.cluster_k);
     part = rank / p.cluster_n;
     rank_n = rank % p.cluster_n;
@@ -160,8 +163,6 @@ class Kernel {
   __device__ __forceinline__ int first_slab(Tile tile) const {
     return (tile.row * p.cluster_n + rank_n) * p.slabs_per_cta;
   }
-  // Slabs behind the weight do the last one again; nobody stores it.
-  __device__ __forceinline__ int existing(int slab) const { return min(slab, p.slabs - 1); }
 
   // ---- the codebook
 
@@ -171,8 +172,8 @@ class Kernel {
     const int i = threadIdx.x % kCodebookSize;
     const bool given = p.codebook_data != nullptr;
     const float factor = given ? search_factor() : p.codebook_factor;
-    const T rounded = T((given ? p.codebook_data[i] : p.codebook[i]) * factor);
-    const uint16_t bits = *reinterpret_cast<const uint16_t*>(&rounded);
+    const float value = (given ? p.codebook_data[i] : p.codebook[i]) * factor;
+    const uint16_t bits = std::is_same_v<T, __half> ? float_to_fp16(value) : float_to_bf16(value);
     memory[p.codebook_at + i] = uint8_t(bits);
     memory[p.codebook_at + kCodebookSize + i] = uint8_t(bits >> 8);
     if (threadIdx.x == 0) store_shared_float(shared + p.codebook_at + 2 * kCodebookSize, 1 / factor);
@@ -202,7 +203,11 @@ class Kernel {
 
   __device__ __forceinline__ void copy() {
     const bool copies = cute::elect_one_sync();
-    if (copies) cute::prefetch_tma_descriptor(&arguments.x);
+    if (copies) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.codes));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.scales));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.x));
+    }
     RingPosition at;
     bool first = true;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
@@ -239,23 +244,17 @@ class Kernel {
   __device__ __forceinline__ void copy_weights(Tile tile, int block, int stage) const {
     const uint32_t to = stage * p.stage_bytes;
     Barrier::arrive_and_expect_tx(full + stage, p.copy_bytes);
-    const int64_t k_block = block0 + block;
-    const int64_t group_at = p.groups_in_block > 1 ? k_block : k_block >> p.group_shift;
-    for (int i = 0; i < p.slabs_per_cta; ++i) {
-      const int64_t slab = existing(first_slab(tile) + i);
-      bulk_copy(to + p.codes_at + i * kBlockBytes, p.codes + slab * p.slab_code_bytes + k_block * kBlockBytes,
-                kBlockBytes, stage);
-      bulk_copy(to + p.scales_at + i * p.group_scale_bytes,
-                p.scales + slab * p.slab_scale_bytes + group_at * p.group_scale_bytes, p.group_scale_bytes, stage);
-      if (p.zero_bytes != 0) {
-        bulk_copy(to + p.zeros_at + i * p.group_zero_bytes,
-                  p.zeros + slab * p.slab_zero_bytes + group_at * p.group_zero_bytes, p.group_zero_bytes, stage);
-      }
-    }
+    const int slab = first_slab(tile);
+    const int k_block = block0 + block;
+    const int group = k_block >> p.group_shift;  // of a block's groups
+    load(arguments.codes, to + p.codes_at, k_block * (kBlockBytes / kCodePieceBytes), slab, stage);
+    load(arguments.scales, to + p.scales_at, group * p.group_scale_pieces, slab, stage);
+    if (p.zero_bytes != 0) load(arguments.zeros, to + p.zeros_at, group * p.group_zero_pieces, slab, stage);
   }
 
-  __device__ __forceinline__ void bulk_copy(uint32_t to, const uint8_t* from, uint32_t bytes, int stage) const {
-    cute::SM90_BULK_COPY_G2S::copy(from, full + stage, memory + to, int32_t(bytes));
+  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, int column, int row, int stage) const {
+    constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    cute::SM90_TMA_LOAD_2D::copy(&map, full + stage, kHint, memory + to, column, row);
   }
 
   __device__ __forceinline__ void copy_x(Tile tile, int block, int stage) const {
@@ -263,7 +262,7 @@ class Kernel {
     uint8_t* to = memory + stage * p.stage_bytes;
     const int k = (block0 + block) * layout::kBlockK;
     if (p.cluster_n == 1) {
-      cute::SM90_TMA_LOAD_2D::copy(&arguments.x, full + stage, kHint, to, k, tile.token * C::kTokens);
+      load(arguments.x, stage * p.stage_bytes, k, tile.token * C::kTokens, stage);
     } else {
       const int share = C::kTokens / p.cluster_n;
       const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
@@ -293,7 +292,7 @@ class Kernel {
         typename ScaleResolver<Codes>::SecondLevel second{};
         const auto load_second_level = [&](int i) {
           if (nested) {
-            second = resolver.load_second_level(existing(first_slab(tile) + (i >> group_shift)), block0 + block,
+            second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), block0 + block,
                                                 i & (p.groups_in_block - 1));
           }
         };
@@ -331,13 +330,42 @@ class Kernel {
     }
   }
 
-  // All CTAs that copy x into this stage learn that it is free.
-  __device__ __forceinline__ void release(int stage, int lane) const {
-    if (p.cluster_n == 1) {
-      if (lane == 0) Barrier::arrive(empty + stage);
-    } else if (lane < p.cluster_n) {
-      Barrier::arrive(empty + stage, uint32_t(part * p.cluster_n + lane), 1u);
+  // A barrier of a stage, as the loop addresses it.
+  static constexpr uint32_t kResolvedBarriers = kMaxStages * 8;
+  static constexpr uint32_t kEmptyBarriers = 2 * kMaxStages * 8;
+
+  __device__ __forceinline__ static void wait(uint32_t barrier, uint32_t phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+  }
+
+  // Each lane below cluster_n tells one of the CTAs that copy x into this stage that it is free.
+  struct Release {
+    uint32_t barriers;  // in that CTA
+    bool arrives;
+
+    __device__ __forceinline__ void operator()(int stage) const {
+      if (arrives) {
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8)
+                     : "memory");
+      }
     }
+  };
+
+  __device__ __forceinline__ Release release_of(int lane) const {
+    Release release;
+    release.arrives = lane < p.cluster_n;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(release.barriers)
+        : "r"(shared + p.barriers_at + kEmptyBarriers), "r"(part * p.cluster_n + min(lane, p.cluster_n - 1)));
+    return release;
   }
 
   // The B operand of a block's first k16 step; the next ones lie 32 bytes further each.
@@ -373,20 +401,23 @@ class Kernel {
     const uint32_t codes_at = p.codes_at + slab0 * kBlockBytes + warp * kAtomBytes + lane * 16;
     const uint32_t scales_at = p.resolved_at + (slab0 * p.groups_in_block * layout::kBlockRows + (lane >> 2) * 8 + 2 * warp) * 2;
     const uint32_t slab_scales = p.groups_in_block * layout::kBlockRows * 2;
+    const Release release = release_of(lane);
+    const uint32_t barriers = shared + p.barriers_at;
+    uint32_t stage = shared + at.stage * p.stage_bytes;
     uint4 w;                       // codes of the slab that is decoded
     uint32_t pair, zero_pair = 0;  // and its scales
     Scale scale;
     uint32_t a[2][2][4];  // operands of the two halves of a block
     const auto fetch_scale = [&](int r, int group) __attribute__((always_inline)) {
-      const uint32_t from = shared + at.stage * p.stage_bytes + scales_at + r * slab_scales + group * layout::kBlockRows * 2;
+      const uint32_t from = stage + scales_at + r * slab_scales + group * layout::kBlockRows * 2;
       pair = load_shared_4(from);
       if constexpr (!Codes::kTable) {
         zero_pair = load_shared_4(from + p.resolved_bytes);
-        if (p.has_rest) repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.rest);
+        if (C::kFine && p.has_rest) repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.rest);
       }
     };
     const auto fetch = [&](int r) __attribute__((always_inline)) {
-      w = load_shared_16(shared + at.stage * p.stage_bytes + codes_at + r * kBlockBytes);
+      w = load_shared_16(stage + codes_at + r * kBlockBytes);
       fetch_scale(r, 0);
     };
     const auto take_scale = [&]() __attribute__((always_inline)) {
@@ -395,12 +426,12 @@ class Kernel {
     };
     // Groups of 16 and 32 change within a block.
     const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
-      if (step > 0 && p.groups_in_block * step % layout::kSteps == 0) {
-        fetch_scale(r, p.groups_in_block * step / layout::kSteps);
+      if (C::kFine && step > 0 && (p.groups_in_block * step & (layout::kSteps - 1)) == 0) {
+        fetch_scale(r, p.groups_in_block * step >> 2);
         take_scale();
       }
       Codes::decode(word, table, scale, to);
-      if (!Codes::kTable && p.has_rest) {
+      if (C::kFine && !Codes::kTable && p.has_rest) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[i] = as_bits(__hadd2(as_pair<T>(to[i]), as_pair<T>(scale.rest[i & 1])));
       }
@@ -413,8 +444,8 @@ class Kernel {
       decode_step(r, 2 * half + 1, half == 0 ? w.y : w.w, a[half][1]);
     };
     const auto wait_for_stage = [&]() __attribute__((always_inline)) {
-      Barrier::wait(full + at.stage, at.phase);
-      Barrier::wait(resolved + at.stage, at.phase);
+      wait(barriers + at.stage * 8, at.phase);
+      wait(barriers + kResolvedBarriers + at.stage * 8, at.phase);
     };
 
     wait_for_stage();
@@ -424,7 +455,7 @@ class Kernel {
     bool first = true;
 #pragma unroll 1
     do {
-      const cute::GmmaDescriptor x = descriptor(shared + at.stage * p.stage_bytes);
+      const cute::GmmaDescriptor x = descriptor(stage);
       const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r) {
@@ -442,12 +473,13 @@ class Kernel {
           if (!last) {
             if (half == 1) fetch(r + 1);
             cute::warpgroup_wait<1>();
-            if (r == 0 && half == 0 && !first) release(stage_before, lane);
+            if (r == 0 && half == 0 && !first) release(stage_before);
             decode(half == 1 ? r + 1 : r, 1 - half);
           }
         }
       }
       at.advance(p.stages);
+      stage = at.stage == 0 ? shared : stage + p.stage_bytes;
       const bool more = left > 1;
       if (more) {
         wait_for_stage();
@@ -458,7 +490,7 @@ class Kernel {
       first = false;
     } while (--left > 0);
     cute::warpgroup_wait<0>();
-    release(at.stage == 0 ? p.stages - 1 : at.stage - 1, lane);
+    release(at.stage == 0 ? p.stages - 1 : at.stage - 1);
   }
 
   // ---- sums
@@ -483,6 +515,8 @@ class Kernel {
   // Adds the sums of all parts of K, for the tokens that this CTA stores. They lie in the ring, as lanes hold them.
   __device__ __forceinline__ void add_parts(int warpgroup, Sums& sums) const {
     constexpr int kQuads = C::kSums / 4;  // of 8 tokens
+    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
+    sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
     const uint32_t mine =
         shared + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
 #pragma unroll

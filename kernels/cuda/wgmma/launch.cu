@@ -40,21 +40,47 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// x as boxes of 64 k of some tokens, in the order that the MMA reads; zeros behind M and K.
-bool encode_x(const GemmProblem& problem, int box_tokens, CUtensorMap* map) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr) return false;
+struct Box {
+  CUtensorMapDataType type;
+  int64_t columns, rows, row_bytes;  // of the tensor
+  int box_columns, box_rows;
+  CUtensorMapSwizzle swizzle;
+};
+
+// Copies of a box; zeros behind the tensor.
+bool encode(const void* data, const Box& box, CUtensorMap* map) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(box.columns), static_cast<cuuint64_t>(box.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(box.row_bytes)};
+  const cuuint32_t boxes[2] = {static_cast<cuuint32_t>(box.box_columns), static_cast<cuuint32_t>(box.box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return encode_tiled()(map, box.type, 2, const_cast<void*>(data), sizes, strides, boxes, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The slabs' codes, scales or zeros, of which a copy takes `box_pieces` of some slabs.
+bool encode_slabs(const void* data, int64_t slab_bytes, int piece_bytes, int box_pieces, const Params& p,
+                  CUtensorMap* map) {
+  const CUtensorMapDataType type = piece_bytes == 8 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT64 : CU_TENSOR_MAP_DATA_TYPE_INT32;
+  return encode(data, {type, slab_bytes / piece_bytes, p.slabs, slab_bytes, box_pieces, p.slabs_per_cta,
+                       CU_TENSOR_MAP_SWIZZLE_NONE}, map);
+}
+
+bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
+  if (encode_tiled() == nullptr) return false;
+  const Weight& w = problem.weight;
   const CUtensorMapDataType type =
       problem.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(problem.weight.k), static_cast<cuuint64_t>(problem.m)};
   // One token has no stride, but must be given one.
-  const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(problem.weight.k, 8) * 8;
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(ldx) * 2};
-  const cuuint32_t box[2] = {layout::kBlockK, static_cast<cuuint32_t>(box_tokens)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode(map, type, 2, const_cast<void*>(problem.x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(w.k, 8) * 8;
+  const int64_t slab_scales = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows;
+  return encode(problem.x, {type, w.k, problem.m, ldx * 2, layout::kBlockK, plan.box_tokens, CU_TENSOR_MAP_SWIZZLE_128B},
+                &to->x) &&
+         encode_slabs(w.codes, layout::blocks_along_k(w.k) * layout::block_bytes(4), kCodePieceBytes,
+                      layout::block_bytes(4) / kCodePieceBytes, p, &to->codes) &&
+         encode_slabs(w.scales, slab_scales * p.scale_bytes, kScalePieceBytes, p.group_scale_pieces, p, &to->scales) &&
+         (p.zero_bytes == 0 || encode_slabs(w.zeros, slab_scales * p.zero_bytes, kScalePieceBytes, p.group_zero_pieces,
+                                            p, &to->zeros));
 }
 
 float best_factor(const float* codebook, DType dtype) {
@@ -124,9 +150,6 @@ bool fits(const GemmProblem& problem) {
 Params params_of(const GemmProblem& problem) {
   const Weight& w = problem.weight;
   Params p{};
-  p.codes = w.codes;
-  p.scales = static_cast<const uint8_t*>(w.scales);
-  p.zeros = static_cast<const uint8_t*>(w.zeros);
   p.scale_type = static_cast<int32_t>(w.scale_type);
   p.zero_type = static_cast<int32_t>(w.zero_type);
   p.bias_of_codes = w.bias;
@@ -155,7 +178,7 @@ Params params_of(const GemmProblem& problem) {
 const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan) {
   Arguments arguments;
   arguments.params = params;
-  if (!encode_x(problem, plan.box_tokens, &arguments.x)) return "cuTensorMapEncodeTiled refuses x";
+  if (!encode_all(problem, params, plan, &arguments)) return "cuTensorMapEncodeTiled refuses x or the weight";
   cudaError_t error = allow_shared_memory(function);
   if (error == cudaSuccess) {
     const int cluster = plan.split.cluster_n * plan.split.cluster_k;

@@ -11,7 +11,7 @@ namespace cutlass_ext::cuda::wgmma {
 template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&wgmma_kernel<C>),
-          {C::kTokens, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable}};
+          {C::kTokens, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable, C::kFine}};
 }
 
 // A tile is a line here.
@@ -19,11 +19,13 @@ template <class Codes>
 const Candidates& candidates() {
   static const Candidates all = [] {
     Candidates list;
-    list.add(compiled<Config<Codes, 32, 1, 4>>());
-    list.add(compiled<Config<Codes, 64, 1, 4>>());
-    list.add(compiled<Config<Codes, 128, 1, 3>>());
-    list.add(compiled<Config<Codes, 128, 2, 2>>());
-    list.add(compiled<Config<Codes, 256, 1, 2>>());
+    list.add(compiled<Config<Codes, 32, 1, 4, false>>());
+    list.add(compiled<Config<Codes, 64, 1, 4, false>>());
+    list.add(compiled<Config<Codes, 128, 1, 3, false>>());
+    list.add(compiled<Config<Codes, 128, 2, 2, false>>());
+    list.add(compiled<Config<Codes, 256, 1, 2, false>>());
+    list.add(compiled<Config<Codes, 64, 1, 4, true>>());
+    list.add(compiled<Config<Codes, 256, 1, 2, true>>());
     return list;
   }();
   return all;

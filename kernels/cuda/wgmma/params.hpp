@@ -9,13 +9,12 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kMaxStages = 24;
 constexpr int kCodebookSize = 16;
+// Elements of tensor maps: a box has at most 256 along a dimension, so that a block's codes are one copy.
+constexpr int kCodePieceBytes = 8;
+constexpr int kScalePieceBytes = 4;
 constexpr int kSharedAlignment = 1024;  // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
 
 struct Params {
-  const uint8_t* codes;
-  const uint8_t* scales;
-  const uint8_t* zeros;  // nullptr: none
-  int64_t slab_code_bytes, slab_scale_bytes, slab_zero_bytes;
   // What a CTA does. A cluster has `cluster_k` parts of K, each of `cluster_n` CTAs that share x.
   int32_t cluster_n, cluster_k;
   int32_t slabs_per_cta;  // 64-row slabs
@@ -30,7 +29,8 @@ struct Params {
   uint32_t codes_at, scales_at, zeros_at;
   uint32_t resolved_at, resolved_bytes;  // scales.cuh: behind what is copied; 64-row slabs' groups of a kind
   bool has_rest;                         // zeros have more bits than x's type
-  int32_t groups_in_block;  // 1, 2, 4
+  int32_t groups_in_block;                 // 1, 2, 4
+  int32_t group_scale_pieces, group_zero_pieces;  // elements of the copies, of the groups in a block
   int32_t group_shift;      // log2(k blocks of a group); 31 for one group
   uint32_t group_scale_bytes, group_zero_bytes;  // of the groups in a block, 64 rows
   // Shared memory behind the ring, which starts at 0.

@@ -68,22 +68,22 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(cluster)));
   // Clusters at work are about as many row tiles as token tiles: both x and weights are read from L2.
   p.raster = std::max(1, std::min(p.row_tiles, p.clusters / std::min(p.token_tiles, 4)));
-  p.slab_code_bytes = int64_t{k_blocks} * layout::block_bytes(4);
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
-  const int64_t slab_scales = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows;
-  p.slab_scale_bytes = slab_scales * p.scale_bytes;
-  p.slab_zero_bytes = slab_scales * p.zero_bytes;
   const bool one_group = w.group_size >= w.k;
   p.groups_in_block =
       one_group || w.group_size >= layout::kBlockK ? 1 : static_cast<int32_t>(layout::kBlockK / w.group_size);
   p.group_shift = one_group                           ? 31
                   : w.group_size <= layout::kBlockK ? 0
                                                     : log2_of(w.group_size / layout::kBlockK);
+  const bool has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
+  if (kernel.fine != (p.groups_in_block > 1 || has_rest)) return false;
   const int group_values = p.groups_in_block * layout::kBlockRows;
   p.group_scale_bytes = static_cast<uint32_t>(group_values * p.scale_bytes);
   p.group_zero_bytes = static_cast<uint32_t>(group_values * p.zero_bytes);
-  p.has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
+  p.group_scale_pieces = static_cast<int32_t>(p.group_scale_bytes) / kScalePieceBytes;
+  p.group_zero_pieces = static_cast<int32_t>(p.group_zero_bytes) / kScalePieceBytes;
+  p.has_rest = has_rest;
   // A stage.
   const uint32_t x_bytes = static_cast<uint32_t>(kernel.tokens * layout::kBlockK * 2);
   p.codes_at = x_bytes;

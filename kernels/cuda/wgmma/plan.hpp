@@ -14,6 +14,7 @@ struct KernelTraits {
   int warpgroups;     // that multiply, at most
   int output_tokens;  // that a warpgroup's output buffer holds
   bool table;         // codebooks
+  bool fine;          // also groups below a block, and zeros of more bits than x's type
 };
 
 struct Compiled {
@@ -23,7 +24,7 @@ struct Compiled {
 
 struct Candidates {
   int count = 0;
-  Compiled kernels[6];
+  Compiled kernels[12];
 
   void add(const Compiled& kernel) { kernels[count++] = kernel; }
 };
