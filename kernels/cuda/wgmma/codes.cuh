@@ -45,7 +45,10 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t v) {
 struct Scale {
   uint32_t scale[2];
   uint32_t zero[2];  // integers: minus bias and zero point, in the units of decode()
-  uint32_t rest[2];  // floating-point zeros of more bits than T: what zero[] lacks
+  // Floating-point zeros of another type than T: what zero[] and scale[] lack. Else three roundings, of zero, scale and
+  // product, would add up.
+  uint32_t zero_rest[2];
+  uint32_t scale_rest[2];
 };
 
 // Integers. The bits of a code at the bottom of a 16-bit number, or four bits higher, are a subnormal number: kUnit or

@@ -106,12 +106,10 @@ class Kernel {
   __device__ __forceinline__ void run() {
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroupThreads, 0);
     launch_dependents();
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < p.stages; ++i) {
-        Barrier::init(full + i, 1);
-        Barrier::init(resolved + i, 1);
-        Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
-      }
+    if (threadIdx.x < kMaxStages) {
+      Barrier::init(full + threadIdx.x, 1);
+      Barrier::init(resolved + threadIdx.x, 1);
+      Barrier::init(empty + threadIdx.x, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
       cutlass::arch::fence_barrier_init();
     }
     if constexpr (Codes::kTable) copy_codebook();
@@ -173,10 +171,15 @@ class Kernel {
     const bool given = p.codebook_data != nullptr;
     const float factor = given ? search_factor() : p.codebook_factor;
     const float value = (given ? p.codebook_data[i] : p.codebook[i]) * factor;
-    const uint16_t bits = std::is_same_v<T, __half> ? float_to_fp16(value) : float_to_bf16(value);
-    memory[p.codebook_at + i] = uint8_t(bits);
-    memory[p.codebook_at + kCodebookSize + i] = uint8_t(bits >> 8);
+    const uint32_t bits = as_bits(Pair<T>::of(value, value));
+    store_shared_byte(shared + p.codebook_at + i, bits);
+    store_shared_byte(shared + p.codebook_at + kCodebookSize + i, bits >> 8);
     if (threadIdx.x == 0) store_shared_float(shared + p.codebook_at + 2 * kCodebookSize, 1 / factor);
+  }
+
+  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16 bits.
+  __device__ __forceinline__ static void store_shared_byte(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory");
   }
 
   // A weight's own codebook is not known to the host: every lane tries one factor.
@@ -413,7 +416,10 @@ class Kernel {
       pair = load_shared_4(from);
       if constexpr (!Codes::kTable) {
         zero_pair = load_shared_4(from + p.resolved_bytes);
-        if (C::kFine && p.has_rest) repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.rest);
+        if (C::kFine && p.has_rest) {
+          repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.zero_rest);
+          repeat(load_shared_4(from + 3 * p.resolved_bytes), scale.scale_rest);
+        }
       }
     };
     const auto fetch = [&](int r) __attribute__((always_inline)) {
@@ -433,7 +439,12 @@ class Kernel {
       Codes::decode(word, table, scale, to);
       if (C::kFine && !Codes::kTable && p.has_rest) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[i] = as_bits(__hadd2(as_pair<T>(to[i]), as_pair<T>(scale.rest[i & 1])));
+        for (int i = 0; i < 4; ++i) {
+          const auto v = __hadd2(as_pair<T>(to[i]), as_pair<T>(scale.zero_rest[i & 1]));
+          to[i] = as_bits(
+              __hfma2(v, as_pair<T>(scale.scale[i & 1]), __hmul2(v, as_pair<T>(scale.scale_rest[i & 1]))));
+        }
+        return;
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = as_bits(__hmul2(as_pair<T>(to[i]), as_pair<T>(scale.scale[i & 1])));

@@ -91,7 +91,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.zeros_at = p.scales_at + p.slabs_per_cta * p.group_scale_bytes;
   p.copy_bytes = p.resolved_at = p.zeros_at + p.slabs_per_cta * p.group_zero_bytes;
   p.resolved_bytes = static_cast<uint32_t>(p.slabs_per_cta * group_values * 2);
-  const int kinds = kernel.table ? 1 : p.has_rest ? 3 : 2;
+  const int kinds = kernel.table ? 1 : p.has_rest ? 4 : 2;
   p.stage_bytes = align(p.resolved_at + kinds * p.resolved_bytes, kSharedAlignment);
   // What lies behind the ring.
   const uint32_t output_bytes = static_cast<uint32_t>(split.warpgroups * kernel.output_tokens * layout::kBlockRows * 2);

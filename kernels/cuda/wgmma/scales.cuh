@@ -9,11 +9,8 @@
 
 namespace cutlass_ext::cuda::wgmma {
 
-// What a stage holds for each group of each slab, 64 values each: scales; for integers also what is added to codes, and
-// where zeros have more bits than x's type the rest of that.
-template <class Codes>
-constexpr int kMostResolved = Codes::kTable ? 1 : 3;
-
+// A stage gets 64 values of each kind for each group of each slab: scales; for integers also what is added to codes, and
+// where zeros are of another type than x's what rounding took from both.
 template <class Codes>
 class ScaleResolver {
  public:
@@ -52,7 +49,9 @@ class ScaleResolver {
       scale = floats(raw, p.scale_type);
     }
     const uint32_t to = stage + p.resolved_at + value * 2;
-    store_pair(to, {scale.x * Codes::kScaleFactor, scale.y * Codes::kScaleFactor});
+    scale.x *= Codes::kScaleFactor;
+    scale.y *= Codes::kScaleFactor;
+    const float2 rounded_scale = store_pair(to, scale);
     if constexpr (!Codes::kTable) {
       float2 zero{};
       if (p.zero_bytes != 0) {
@@ -66,7 +65,10 @@ class ScaleResolver {
       zero.x = (zero.x + p.bias_of_codes) * Codes::kZeroFactor;
       zero.y = (zero.y + p.bias_of_codes) * Codes::kZeroFactor;
       const float2 rounded = store_pair(to + p.resolved_bytes, zero);
-      if (p.has_rest) store_pair(to + 2 * p.resolved_bytes, {zero.x - rounded.x, zero.y - rounded.y});
+      if (p.has_rest) {
+        store_pair(to + 2 * p.resolved_bytes, {zero.x - rounded.x, zero.y - rounded.y});
+        store_pair(to + 3 * p.resolved_bytes, {scale.x - rounded_scale.x, scale.y - rounded_scale.y});
+      }
     }
   }
 
