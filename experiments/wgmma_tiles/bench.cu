@@ -175,9 +175,8 @@ static bool verify(const Problem& q, const Dev& d, const void* y, int64_t ldy, d
 }
 
 
-template <class Codes> static const wg::Candidates& list() { return wg::candidates<Codes>(); }
-static const wg::Candidates& kernels_of(const Problem& q) { return q.codebook ? list<wg::CodebookCodes<__nv_bfloat16>>() : list<wg::IntegerCodes<__nv_bfloat16>>(); }
-static wg::Params params(const Problem& q, const GemmProblem& g) { return q.codebook ? wg::params_for<wg::CodebookCodes<__nv_bfloat16>>(g, DType::kBf16) : wg::params_for<wg::IntegerCodes<__nv_bfloat16>>(g, DType::kBf16); }
+static const wg::Candidates& kernels_of(const Problem& q) { return q.codebook ? wg::candidates<wg::CodebookCodes, __nv_bfloat16>() : wg::candidates<wg::IntegerCodes, __nv_bfloat16>(); }
+static wg::Params params(const Problem&, const GemmProblem& g) { return wg::params_of(g); }
 static GemmProblem gemm_of(const Problem& q, const Dev& d, const uint8_t* codes, const uint8_t* scales, const float* absmax, void* y, int64_t ldy, bool pdl, void* st) {
   static float off_host = kOffset; static float* off_dev = nullptr;
   if (!off_dev) { CK(cudaMalloc(&off_dev, 4)); CK(cudaMemcpy(off_dev, &off_host, 4, cudaMemcpyHostToDevice)); }

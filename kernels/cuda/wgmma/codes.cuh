@@ -44,7 +44,7 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t v) {
 // What a lane makes weights of its codes with: the same value twice, for the rows g and g + 8.
 struct Scale {
   uint32_t scale[2];
-  uint32_t zero[2];  // integers: minus bias and zero point, in the units of decode()
+  uint32_t zero[2];  // integers: what is added to a code, in the units of decode()
   // Floating-point zeros of another type than T: what zero[] and scale[] lack. Else three roundings, of zero, scale and
   // product, would add up.
   uint32_t zero_rest[2];
@@ -52,66 +52,88 @@ struct Scale {
 };
 
 // Integers. The bits of a code at the bottom of a 16-bit number, or four bits higher, are a subnormal number: kUnit or
-// 16 * kUnit times the code. One FMA makes (code - zero) * kStep of it, exactly where zeros are integers. Scales come
-// multiplied with kScaleFactor, and sums are multiplied with kOutputFactor.
+// 16 * kUnit times the code. In the rows g codes stand at the bottom, in the rows g + 8 higher.
+//   fused   one FMA: code * scale - bias * scale, rounded once, because the bias is a power of two. bf16 without zeros
+//   exact   one FMA makes (code - zero) * kStep, exactly where zeros are integers; then the scale
+// Scales come multiplied with a factor, and sums are multiplied with what undoes it.
 template <class T>
 struct IntegerUnits;
 template <>
 struct IntegerUnits<__nv_bfloat16> {  // units of 2^-133
-  static constexpr uint32_t kLow = 0x7F007F00u, kHigh = 0x7D007D00u;  // 2^127, 2^123
-  static constexpr float kStep = 0x1p-6f;
-  static constexpr float kScaleFactor = 1;
-  static constexpr float kOutputFactor = 0x1p6f;
+  static constexpr bool kFuses = true;
+  static constexpr float kFusedScale = 0x1p100f, kFusedZero = -0x1p-33f, kFusedOutput = 0x1p33f;  // scales: 2^-90 .. 2^27
+  static constexpr uint32_t kLow = 0x7F007F00u, kHigh = 0x7D007D00u;                              // 2^127, 2^123
+  static constexpr float kStep = 0x1p-6f, kScale = 1, kOutput = 0x1p6f;
 };
 template <>
 struct IntegerUnits<__half> {  // units of 2^-24; the factors keep scales and weights among the normal numbers
+  static constexpr bool kFuses = false;
+  static constexpr float kFusedScale = 0, kFusedZero = 0, kFusedOutput = 0;
   static constexpr uint32_t kLow = 0x78007800u, kHigh = 0x68006800u;  // 2^15, 2^11
-  static constexpr float kStep = 0x1p-9f;
-  static constexpr float kScaleFactor = 0x1p6f;
-  static constexpr float kOutputFactor = 0x1p3f;
+  static constexpr float kStep = 0x1p-9f, kScale = 0x1p6f, kOutput = 0x1p3f;
 };
 
-template <class T_>
+// kFine: every zero point and group size; else none and groups of a block at least.
+template <class T_, bool kFine_>
 struct IntegerCodes {
   using T = T_;
   using Units = IntegerUnits<T>;
   static constexpr bool kTable = false;
-  static constexpr float kScaleFactor = Units::kScaleFactor;
-  static constexpr float kOutputFactor = Units::kOutputFactor;
-  static constexpr float kZeroFactor = -Units::kStep;
+  static constexpr bool kFine = kFine_;
+  static constexpr bool kFused = Units::kFuses && !kFine;
+  static constexpr float kOutputFactor = kFused ? Units::kFusedOutput : Units::kOutput;
 
   struct Table {};
 
-  __device__ __forceinline__ static void decode(uint32_t w, const Table&, const Scale& s, uint32_t (&a)[4]) {
+  // The operands of a k16 step.
+  __device__ __forceinline__ static void decode(uint32_t w, const Table&, const Scale& s, bool has_rest,
+                                                uint32_t (&a)[4]) {
     const uint32_t w8 = w >> 8;
-    a[0] = fma(w & 0x000F000Fu, Units::kLow, s.zero[0]);
-    a[1] = fma(w & 0x00F000F0u, Units::kHigh, s.zero[1]);
-    a[2] = fma(w8 & 0x000F000Fu, Units::kLow, s.zero[0]);
-    a[3] = fma(w8 & 0x00F000F0u, Units::kHigh, s.zero[1]);
+    const uint32_t codes[4] = {w & 0x000F000Fu, w & 0x00F000F0u, w8 & 0x000F000Fu, w8 & 0x00F000F0u};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t factor = kFused ? s.scale[i & 1] : i & 1 ? Units::kHigh : Units::kLow;
+      a[i] = as_bits(__hfma2(as_pair<T>(codes[i]), as_pair<T>(factor), as_pair<T>(s.zero[i & 1])));
+    }
+    if constexpr (!kFused) {
+      if (kFine && has_rest) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto v = __hadd2(as_pair<T>(a[i]), as_pair<T>(s.zero_rest[i & 1]));
+          a[i] = as_bits(__hfma2(v, as_pair<T>(s.scale[i & 1]), __hmul2(v, as_pair<T>(s.scale_rest[i & 1]))));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<T>(a[i]), as_pair<T>(s.scale[i & 1])));
+      }
+    }
   }
 
- private:
-  __device__ __forceinline__ static uint32_t fma(uint32_t code, uint32_t factor, uint32_t zero) {
-    return as_bits(__hfma2(as_pair<T>(code), as_pair<T>(factor), as_pair<T>(zero)));
+  // What a scale and a zero point of a row g (0) or g + 8 (1) are stored as; `zero` includes the bias.
+  __device__ __forceinline__ static float stored_scale(int row, float scale) {
+    return scale * (kFused ? row == 0 ? Units::kFusedScale : Units::kFusedScale / 16 : Units::kScale);
+  }
+  __device__ __forceinline__ static float stored_zero(float zero, float scale) {
+    return kFused ? zero * scale * Units::kFusedZero : zero * -Units::kStep;
   }
 };
 
 // The codebook's 16 values lie in eight registers, low bytes and high bytes apart, and are looked up by byte permutes:
 // two of eight values each, a third takes the one that the code's top bit says. No shared memory: that is what x and
 // the MMA's reads of it need most.
-template <class T_>
+template <class T_, bool kFine_>
 struct CodebookCodes {
   using T = T_;
   static constexpr bool kTable = true;
-  static constexpr float kScaleFactor = 1;
+  static constexpr bool kFine = kFine_;
   static constexpr float kOutputFactor = 1;
-  static constexpr float kZeroFactor = 0;
 
   struct Table {
     uint32_t low[4], high[4];
   };
 
-  __device__ __forceinline__ static void decode(uint32_t w, const Table& table, const Scale&, uint32_t (&a)[4]) {
+  __device__ __forceinline__ static void decode(uint32_t w, const Table& table, const Scale& s, bool,
+                                                uint32_t (&a)[4]) {
     uint32_t index = w & 0x77777777u;
     uint32_t half = (w & 0x88888888u) >> 1 | 0x32103210u;
 #pragma unroll
@@ -125,7 +147,12 @@ struct CodebookCodes {
       index >>= 16;
       half >>= 16;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<T>(a[i]), as_pair<T>(s.scale[i & 1])));
   }
+
+  __device__ __forceinline__ static float stored_scale(int, float scale) { return scale; }
+  __device__ __forceinline__ static float stored_zero(float, float) { return 0; }
 };
 
 }  // namespace cutlass_ext::cuda::wgmma

@@ -45,14 +45,14 @@ struct Arguments {
   Params params;
 };
 
-template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_, bool kFine_>
+template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
 struct Config {
   using Codes = Codes_;
   using T = typename Codes::T;
   static constexpr int kTokens = kTokens_;          // of a tile
   static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
-  static constexpr bool kFine = kFine_;  // also groups below a block, and zeros of more bits than x's type
+  static constexpr int kBlocks = kTokens <= 128 ? 2 : 1;  // of a chunk: with 256 tokens x takes 32 KB a block
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
   // Of 64 K registers: what the launch gives every thread is dealt again.
@@ -99,8 +99,8 @@ class Kernel {
     part = rank / p.cluster_n;
     rank_n = rank % p.cluster_n;
     first_tile = blockIdx.x / (p.cluster_n * p.cluster_k);
-    block0 = part * p.part_blocks + min(part, p.part_rest);
-    blocks = p.part_blocks + (part < p.part_rest ? 1 : 0);
+    chunk0 = part * p.part_chunks + min(part, p.part_rest);
+    chunks = p.part_chunks + (part < p.part_rest ? 1 : 0);
   }
 
   __device__ __forceinline__ void run() {
@@ -145,7 +145,7 @@ class Kernel {
   uint64_t* resolved;  // its scales too
   uint64_t* empty;     // read
   int part, rank_n, first_tile;
-  int block0, blocks;  // this CTA's k blocks
+  int chunk0, chunks;  // this CTA's
 
   __device__ __forceinline__ bool in_cluster() const { return p.cluster_n * p.cluster_k > 1; }
   __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
@@ -216,18 +216,18 @@ class Kernel {
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       if (copies) {
         const Tile tile = tile_at(index);
-        int block = 0;
+        int chunk = 0;
         if (first) {
           // Weights do not depend on the kernel before.
-          const int ahead = min(p.stages, blocks);
+          const int ahead = min(p.stages, chunks);
           for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
           wait_for_previous_kernel();
-          for (; block < ahead; ++block, at.advance(p.stages)) copy_x(tile, block, at.stage);
+          for (; chunk < ahead; ++chunk, at.advance(p.stages)) copy_x(tile, chunk, at.stage);
         }
-        for (; block < blocks; ++block, at.advance(p.stages)) {
+        for (; chunk < chunks; ++chunk, at.advance(p.stages)) {
           Barrier::wait(empty + at.stage, at.phase ^ 1);
-          copy_weights(tile, block, at.stage);
-          copy_x(tile, block, at.stage);
+          copy_weights(tile, chunk, at.stage);
+          copy_x(tile, chunk, at.stage);
         }
         first = false;
       }
@@ -244,33 +244,37 @@ class Kernel {
     }
   }
 
-  __device__ __forceinline__ void copy_weights(Tile tile, int block, int stage) const {
+  static constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+  __device__ __forceinline__ void copy_weights(Tile tile, int chunk, int stage) const {
     const uint32_t to = stage * p.stage_bytes;
     Barrier::arrive_and_expect_tx(full + stage, p.copy_bytes);
     const int slab = first_slab(tile);
-    const int k_block = block0 + block;
-    const int group = k_block >> p.group_shift;  // of a block's groups
-    load(arguments.codes, to + p.codes_at, k_block * (kBlockBytes / kCodePieceBytes), slab, stage);
+    const int group = (chunk0 + chunk) >> p.group_shift;  // of a chunk's groups
+    cute::SM90_TMA_LOAD_3D::copy(&arguments.codes, full + stage, kHint, memory + to + p.codes_at, 0,
+                                 (chunk0 + chunk) * C::kBlocks, slab);
     load(arguments.scales, to + p.scales_at, group * p.group_scale_pieces, slab, stage);
     if (p.zero_bytes != 0) load(arguments.zeros, to + p.zeros_at, group * p.group_zero_pieces, slab, stage);
   }
 
   __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, int column, int row, int stage) const {
-    constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     cute::SM90_TMA_LOAD_2D::copy(&map, full + stage, kHint, memory + to, column, row);
   }
 
-  __device__ __forceinline__ void copy_x(Tile tile, int block, int stage) const {
-    constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-    uint8_t* to = memory + stage * p.stage_bytes;
-    const int k = (block0 + block) * layout::kBlockK;
-    if (p.cluster_n == 1) {
-      load(arguments.x, stage * p.stage_bytes, k, tile.token * C::kTokens, stage);
-    } else {
-      const int share = C::kTokens / p.cluster_n;
-      const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
-      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&arguments.x, full + stage, mask, kHint, to + rank_n * share * kXRowBytes,
-                                             k, tile.token * C::kTokens + rank_n * share);
+  __device__ __forceinline__ void copy_x(Tile tile, int chunk, int stage) const {
+#pragma unroll
+    for (int block = 0; block < C::kBlocks; ++block) {
+      const uint32_t to = stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
+      const int k = ((chunk0 + chunk) * C::kBlocks + block) * layout::kBlockK;
+      const int token = tile.token * C::kTokens;
+      if (p.cluster_n == 1) {
+        load(arguments.x, to, k, token, stage);
+      } else {
+        const int share = C::kTokens / p.cluster_n;
+        const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&arguments.x, full + stage, mask, kHint,
+                                               memory + to + rank_n * share * kXRowBytes, k, token + rank_n * share);
+      }
     }
   }
 
@@ -280,13 +284,13 @@ class Kernel {
   __device__ __forceinline__ void resolve(int turn) {
     const int lane = threadIdx.x % 32;
     const ScaleResolver<Codes> resolver(p, shared, lane);
-    const int groups = p.slabs_per_cta * p.groups_in_block;
-    const int group_shift = p.groups_in_block >> 1;  // log2
+    const int groups = p.slabs_per_cta * p.groups_in_chunk;
+    const int group_shift = 31 - __clz(p.groups_in_chunk);
     const bool nested = p.scale_type == int(ScaleType::kNested);
     RingPosition at;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const Tile tile = tile_at(index);
-      for (int block = 0; block < blocks; ++block, at.advance(p.stages)) {
+      for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
         if (turn != 0) {
           --turn;
           continue;
@@ -295,8 +299,8 @@ class Kernel {
         typename ScaleResolver<Codes>::SecondLevel second{};
         const auto load_second_level = [&](int i) {
           if (nested) {
-            second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), block0 + block,
-                                                i & (p.groups_in_block - 1));
+            second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), chunk0 + chunk,
+                                                i & (p.groups_in_chunk - 1));
           }
         };
         load_second_level(0);
@@ -401,103 +405,92 @@ class Kernel {
   __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
                                                 RingPosition& at, Sums& sums) const {
     // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
-    const uint32_t codes_at = p.codes_at + slab0 * kBlockBytes + warp * kAtomBytes + lane * 16;
-    const uint32_t scales_at = p.resolved_at + (slab0 * p.groups_in_block * layout::kBlockRows + (lane >> 2) * 8 + 2 * warp) * 2;
-    const uint32_t slab_scales = p.groups_in_block * layout::kBlockRows * 2;
+    const uint32_t codes_at =
+        p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
+    constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
+    const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
+    const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
+    const int group_shift = 31 - __clz(p.group_steps);
     const Release release = release_of(lane);
-    const uint32_t barriers = shared + p.barriers_at;
+    const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
     uint32_t stage = shared + at.stage * p.stage_bytes;
-    uint4 w;                       // codes of the slab that is decoded
+    uint4 w;                       // codes of the block that is decoded
     uint32_t pair, zero_pair = 0;  // and its scales
     Scale scale;
     uint32_t a[2][2][4];  // operands of the two halves of a block
-    const auto fetch_scale = [&](int r, int group) __attribute__((always_inline)) {
-      const uint32_t from = stage + scales_at + r * slab_scales + group * layout::kBlockRows * 2;
+    // A chunk is walked slab by slab; `step` counts the k16 steps of a slab's chunk.
+    const auto fetch_scale = [&](int r, int step) __attribute__((always_inline)) {
+      const uint32_t from = stage + scales_at + r * slab_scales + (step >> group_shift) * kGroupBytes;
       pair = load_shared_4(from);
       if constexpr (!Codes::kTable) {
         zero_pair = load_shared_4(from + p.resolved_bytes);
-        if (C::kFine && p.has_rest) {
+        if (Codes::kFine && p.has_rest) {
           repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.zero_rest);
           repeat(load_shared_4(from + 3 * p.resolved_bytes), scale.scale_rest);
         }
       }
     };
-    const auto fetch = [&](int r) __attribute__((always_inline)) {
-      w = load_shared_16(stage + codes_at + r * kBlockBytes);
-      fetch_scale(r, 0);
+    const auto fetch = [&](int r, int block) __attribute__((always_inline)) {
+      w = load_shared_16(stage + codes_at + (r * C::kBlocks + block) * kBlockBytes);
+      fetch_scale(r, block * layout::kSteps);
     };
     const auto take_scale = [&]() __attribute__((always_inline)) {
       repeat(pair, scale.scale);
       if constexpr (!Codes::kTable) repeat(zero_pair, scale.zero);
     };
-    // Groups of 16 and 32 change within a block.
     const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
-      if (C::kFine && step > 0 && (p.groups_in_block * step & (layout::kSteps - 1)) == 0) {
-        fetch_scale(r, p.groups_in_block * step >> 2);
+      if (Codes::kFine && step % layout::kSteps != 0 && (step & (p.group_steps - 1)) == 0) {  // groups of 16 and 32
+        fetch_scale(r, step);
         take_scale();
       }
-      Codes::decode(word, table, scale, to);
-      if (C::kFine && !Codes::kTable && p.has_rest) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto v = __hadd2(as_pair<T>(to[i]), as_pair<T>(scale.zero_rest[i & 1]));
-          to[i] = as_bits(
-              __hfma2(v, as_pair<T>(scale.scale[i & 1]), __hmul2(v, as_pair<T>(scale.scale_rest[i & 1]))));
-        }
-        return;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = as_bits(__hmul2(as_pair<T>(to[i]), as_pair<T>(scale.scale[i & 1])));
+      Codes::decode(word, table, scale, p.has_rest, to);
     };
-    const auto decode = [&](int r, int half) __attribute__((always_inline)) {
+    const auto decode = [&](int r, int block, int half) __attribute__((always_inline)) {
       if (half == 0) take_scale();
-      decode_step(r, 2 * half, half == 0 ? w.x : w.z, a[half][0]);
-      decode_step(r, 2 * half + 1, half == 0 ? w.y : w.w, a[half][1]);
-    };
-    const auto wait_for_stage = [&]() __attribute__((always_inline)) {
-      wait(barriers + at.stage * 8, at.phase);
-      wait(barriers + kResolvedBarriers + at.stage * 8, at.phase);
+      const int step = block * layout::kSteps + 2 * half;
+      decode_step(r, step, half == 0 ? w.x : w.z, a[half][0]);
+      decode_step(r, step + 1, half == 0 ? w.y : w.w, a[half][1]);
     };
 
-    wait_for_stage();
-    fetch(0);
-    decode(0, 0);
-    int left = blocks;  // at least one
+    wait(barriers + at.stage * 8, at.phase);
+    fetch(0, 0);
+    decode(0, 0, 0);
+    int left = chunks;  // at least one
     bool first = true;
 #pragma unroll 1
     do {
       const cute::GmmaDescriptor x = descriptor(stage);
       const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
 #pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r) {
+      for (int half_block = 0; half_block < 2 * C::kBlocks * C::kRowTiles; ++half_block) {
+        const int half = half_block % 2;
+        const int block = half_block / 2 % C::kBlocks;
+        const int r = half_block / 2 / C::kBlocks;
+        cute::warpgroup_arrive();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          cute::warpgroup_arrive();
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            cute::GmmaDescriptor b = x;
-            b.reg32_[0] += (2 * half + step) * (layout::kStepK * 2 >> 4);
-            issue(sums.v[r], a[half][step], b.desc_, !first || half > 0 || step > 0);
-          }
-          cute::warpgroup_commit_batch();
-          const bool last = r + 1 == C::kRowTiles && half == 1;
-          if (!last) {
-            if (half == 1) fetch(r + 1);
-            cute::warpgroup_wait<1>();
-            if (r == 0 && half == 0 && !first) release(stage_before);
-            decode(half == 1 ? r + 1 : r, 1 - half);
-          }
+        for (int step = 0; step < 2; ++step) {
+          cute::GmmaDescriptor b = x;
+          b.reg32_[0] += block * C::kTokens * kXRowBytes / 16 + (2 * half + step) * (layout::kStepK * 2 / 16);
+          issue(sums.v[r], a[half][step], b.desc_, !first || block > 0 || half > 0 || step > 0);
+        }
+        cute::warpgroup_commit_batch();
+        if (half_block + 1 < 2 * C::kBlocks * C::kRowTiles) {
+          const int next_r = (half_block + 1) / 2 / C::kBlocks, next_block = (half_block + 1) / 2 % C::kBlocks;
+          if (half == 1) fetch(next_r, next_block);
+          cute::warpgroup_wait<1>();
+          if (half_block == 0 && !first) release(stage_before);
+          decode(next_r, next_block, 1 - half);
         }
       }
       at.advance(p.stages);
       stage = at.stage == 0 ? shared : stage + p.stage_bytes;
       const bool more = left > 1;
       if (more) {
-        wait_for_stage();
-        fetch(0);
+        wait(barriers + at.stage * 8, at.phase);
+        fetch(0, 0);
       }
       cute::warpgroup_wait<1>();
-      if (more) decode(0, 0);
+      if (more) decode(0, 0, 0);
       first = false;
     } while (--left > 0);
     cute::warpgroup_wait<0>();
@@ -598,7 +591,7 @@ class Kernel {
               *reinterpret_cast<cute::uint128_t*>(output + token * kXRowBytes + (piece ^ (token & 7)) * 16));
         }
         sync_warps(1 + warpgroup, kWarpgroupThreads);
-#pragma unroll
+#pragma unroll 1
         for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
           const int token = u * kUnitTokens + thread / 8;
           const int piece = thread % 8;

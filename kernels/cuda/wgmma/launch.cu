@@ -40,47 +40,66 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
+// Copies of a box of a tensor of `columns` x `rows` x `slices`, zeros behind it; strides in bytes.
 struct Box {
   CUtensorMapDataType type;
-  int64_t columns, rows, row_bytes;  // of the tensor
-  int box_columns, box_rows;
+  int64_t columns, rows, slices;
+  int64_t row_stride, slice_stride;
+  int box_columns, box_rows, box_slices;
   CUtensorMapSwizzle swizzle;
 };
 
-// Copies of a box; zeros behind the tensor.
 bool encode(const void* data, const Box& box, CUtensorMap* map) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(box.columns), static_cast<cuuint64_t>(box.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(box.row_bytes)};
-  const cuuint32_t boxes[2] = {static_cast<cuuint32_t>(box.box_columns), static_cast<cuuint32_t>(box.box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode_tiled()(map, box.type, 2, const_cast<void*>(data), sizes, strides, boxes, steps,
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(box.columns), static_cast<cuuint64_t>(box.rows),
+                               static_cast<cuuint64_t>(box.slices)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(box.row_stride), static_cast<cuuint64_t>(box.slice_stride)};
+  const cuuint32_t boxes[3] = {static_cast<cuuint32_t>(box.box_columns), static_cast<cuuint32_t>(box.box_rows),
+                               static_cast<cuuint32_t>(box.box_slices)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return encode_tiled()(map, box.type, box.slices == 0 ? 2 : 3, const_cast<void*>(data), sizes, strides, boxes, steps,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// The slabs' codes, scales or zeros, of which a copy takes `box_pieces` of some slabs.
-bool encode_slabs(const void* data, int64_t slab_bytes, int piece_bytes, int box_pieces, const Params& p,
-                  CUtensorMap* map) {
-  const CUtensorMapDataType type = piece_bytes == 8 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT64 : CU_TENSOR_MAP_DATA_TYPE_INT32;
-  return encode(data, {type, slab_bytes / piece_bytes, p.slabs, slab_bytes, box_pieces, p.slabs_per_cta,
-                       CU_TENSOR_MAP_SWIZZLE_NONE}, map);
+constexpr CUtensorMapDataType kPieceType = CU_TENSOR_MAP_DATA_TYPE_FLOAT64;  // eight bytes of anything
+
+bool encode_codes(const GemmProblem& problem, const Params& p, const Plan& plan, CUtensorMap* map) {
+  constexpr int kBytes = layout::block_bytes(4);
+  const int64_t blocks = layout::blocks_along_k(problem.weight.k);
+  return encode(problem.weight.codes,
+                {kPieceType, kBytes / kPieceBytes, blocks, p.slabs, kBytes, blocks * kBytes, kBytes / kPieceBytes,
+                 plan.chunk_blocks, p.slabs_per_cta, CU_TENSOR_MAP_SWIZZLE_NONE},
+                map);
 }
 
-bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
-  if (encode_tiled() == nullptr) return false;
+// Scales or zeros, of `bytes` each: the groups of a chunk of some slabs.
+bool encode_groups(const GemmProblem& problem, const void* data, int bytes, int box_pieces, const Params& p,
+                   CUtensorMap* map) {
   const Weight& w = problem.weight;
+  const int64_t slab_bytes = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows * bytes;
+  return encode(data, {kPieceType, slab_bytes / kPieceBytes, p.slabs, 0, slab_bytes, 0, box_pieces, p.slabs_per_cta, 1,
+                       CU_TENSOR_MAP_SWIZZLE_NONE},
+                map);
+}
+
+// 64 k of some tokens, in the order that the MMA reads.
+bool encode_x(const GemmProblem& problem, int box_tokens, CUtensorMap* map) {
+  const int64_t k = problem.weight.k;
   const CUtensorMapDataType type =
       problem.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // One token has no stride, but must be given one.
-  const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(w.k, 8) * 8;
-  const int64_t slab_scales = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows;
-  return encode(problem.x, {type, w.k, problem.m, ldx * 2, layout::kBlockK, plan.box_tokens, CU_TENSOR_MAP_SWIZZLE_128B},
-                &to->x) &&
-         encode_slabs(w.codes, layout::blocks_along_k(w.k) * layout::block_bytes(4), kCodePieceBytes,
-                      layout::block_bytes(4) / kCodePieceBytes, p, &to->codes) &&
-         encode_slabs(w.scales, slab_scales * p.scale_bytes, kScalePieceBytes, p.group_scale_pieces, p, &to->scales) &&
-         (p.zero_bytes == 0 || encode_slabs(w.zeros, slab_scales * p.zero_bytes, kScalePieceBytes, p.group_zero_pieces,
-                                            p, &to->zeros));
+  const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(k, 8) * 8;
+  return encode(problem.x, {type, k, problem.m, 0, ldx * 2, 0, layout::kBlockK, box_tokens, 1, CU_TENSOR_MAP_SWIZZLE_128B},
+                map);
+}
+
+bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
+  const Weight& w = problem.weight;
+  return encode_tiled() != nullptr && encode_x(problem, plan.box_tokens, &to->x) &&
+         encode_codes(problem, p, plan, &to->codes) &&
+         encode_groups(problem, w.scales, p.scale_bytes, p.group_scale_pieces, p, &to->scales) &&
+         (p.zero_bytes == 0 ||
+          encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));
 }
 
 float best_factor(const float* codebook, DType dtype) {
@@ -95,8 +114,7 @@ float best_factor(const float* codebook, DType dtype) {
   return best;
 }
 
-}  // namespace
-
+// The factor of a format's own codebook: stream/codebook_factor.hpp.
 float factor_of_codebook(const Weight& weight, DType dtype) {
   if (weight.codebook_on_device) return 1;
   struct Factors {
@@ -115,6 +133,8 @@ float factor_of_codebook(const Weight& weight, DType dtype) {
   }
   return 1;
 }
+
+}  // namespace
 
 bool runs_here(const void* function) {
 #ifdef CX_SM90A
@@ -154,6 +174,7 @@ Params params_of(const GemmProblem& problem) {
   p.zero_type = static_cast<int32_t>(w.zero_type);
   p.bias_of_codes = w.bias;
   if (w.is_codebook) {
+    p.codebook_factor = factor_of_codebook(w, problem.dtype);
     if (w.codebook_on_device) {
       p.codebook_data = w.codebook;
     } else {

@@ -11,21 +11,21 @@ namespace cutlass_ext::cuda::wgmma {
 template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&wgmma_kernel<C>),
-          {C::kTokens, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable, C::kFine}};
+          {C::kTokens, C::kBlocks, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable, C::Codes::kFine}};
 }
 
-// A tile is a line here.
-template <class Codes>
+// A tile is a line here. Codes: a policy of codes.cuh.
+template <template <class, bool> class Codes, class T>
 const Candidates& candidates() {
   static const Candidates all = [] {
     Candidates list;
-    list.add(compiled<Config<Codes, 32, 1, 4, false>>());
-    list.add(compiled<Config<Codes, 64, 1, 4, false>>());
-    list.add(compiled<Config<Codes, 128, 1, 3, false>>());
-    list.add(compiled<Config<Codes, 128, 2, 2, false>>());
-    list.add(compiled<Config<Codes, 256, 1, 2, false>>());
-    list.add(compiled<Config<Codes, 64, 1, 4, true>>());
-    list.add(compiled<Config<Codes, 256, 1, 2, true>>());
+    list.add(compiled<Config<Codes<T, false>, 32, 1, 4>>());
+    list.add(compiled<Config<Codes<T, false>, 64, 1, 4>>());
+    list.add(compiled<Config<Codes<T, false>, 128, 1, 3>>());
+    list.add(compiled<Config<Codes<T, false>, 128, 2, 2>>());
+    list.add(compiled<Config<Codes<T, false>, 256, 1, 2>>());
+    list.add(compiled<Config<Codes<T, true>, 64, 1, 4>>());
+    list.add(compiled<Config<Codes<T, true>, 256, 1, 2>>());
     return list;
   }();
   return all;
@@ -33,9 +33,6 @@ const Candidates& candidates() {
 
 // What does not depend on the plan.
 Params params_of(const GemmProblem& problem);
-
-// The factor that a format's own codebook gets before it is rounded to the type of x: stream/codebook_factor.hpp.
-float factor_of_codebook(const Weight& weight, DType dtype);
 
 // The part of `supports` that no template argument decides.
 bool fits(const GemmProblem& problem);
@@ -46,35 +43,30 @@ bool runs_here(const void* function);
 // nullptr, or what CUDA reported.
 const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan);
 
-template <class Codes>
-Params params_for(const GemmProblem& problem, DType dtype) {
-  Params params = params_of(problem);
-  if (Codes::kTable) params.codebook_factor = factor_of_codebook(problem.weight, dtype);
-  return params;
-}
-
-template <class Codes, DType kDType>
+template <template <class, bool> class Codes, class T>
 const char* gemm(const GemmProblem& problem) {
-  Params params = params_for<Codes>(problem, kDType);
+  Params params = params_of(problem);
   Plan plan;
-  const Compiled* kernel = choose_plan(problem, candidates<Codes>(), device_properties(), &params, &plan);
+  const Compiled* kernel = choose_plan(problem, candidates<Codes, T>(), device_properties(), &params, &plan);
   if (kernel == nullptr) return "no tile of the problem fits this device's shared memory";
   return launch(kernel->function, problem, params, plan);
 }
 
-template <class Codes, DType kDType>
+template <template <class, bool> class Codes, class T>
 bool supports(const GemmProblem& problem) {
-  return problem.dtype == kDType && problem.weight.is_codebook == Codes::kTable && fits(problem);
+  constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFp16 : DType::kBf16;
+  return problem.dtype == kDType && problem.weight.is_codebook == Codes<T, false>::kTable && fits(problem);
 }
 
-template <class Codes>
+template <template <class, bool> class Codes, class T>
 bool available() {
-  return runs_here(candidates<Codes>().kernels[0].function);
+  return runs_here(candidates<Codes, T>().kernels[0].function);
 }
 
-template <class Codes, DType kDType>
+template <template <class, bool> class Codes, class T>
 constexpr Instance make_instance(const char* name) {
-  return {name, Device::kCuda, Family::kWgmma, &available<Codes>, &supports<Codes, kDType>, nullptr, &gemm<Codes, kDType>, nullptr};
+  return {name,    Device::kCuda,    Family::kWgmma, &available<Codes, T>, &supports<Codes, T>,
+          nullptr, &gemm<Codes, T>, nullptr};
 }
 
 }  // namespace cutlass_ext::cuda::wgmma

@@ -10,8 +10,7 @@ constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kMaxStages = 24;
 constexpr int kCodebookSize = 16;
 // Elements of tensor maps: a box has at most 256 along a dimension, so that a block's codes are one copy.
-constexpr int kCodePieceBytes = 8;
-constexpr int kScalePieceBytes = 4;
+constexpr int kPieceBytes = 8;
 constexpr int kSharedAlignment = 1024;  // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
 
 struct Params {
@@ -19,20 +18,21 @@ struct Params {
   int32_t cluster_n, cluster_k;
   int32_t slabs_per_cta;  // 64-row slabs
   int32_t slabs;          // of the weight
-  int32_t part_blocks, part_rest;  // k blocks of a part of K; the first part_rest parts have one more
+  int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds
   int32_t clusters;                // in the grid
   int32_t row_tiles, token_tiles;  // of a cluster
   int32_t raster;                  // row tiles of a band: bands are walked one after the other, rows first
-  // The ring: a stage holds a 64-k block of x, codes, scales and zeros, in this order, then resolved scales.
+  // The ring: a stage holds a chunk, one or two 64-k blocks, of x, codes, scales and zeros, in this order, then resolved scales.
   int32_t stages;
   uint32_t stage_bytes, copy_bytes;  // of a stage; of what is copied into it
   uint32_t codes_at, scales_at, zeros_at;
   uint32_t resolved_at, resolved_bytes;  // scales.cuh: behind what is copied; 64-row slabs' groups of a kind
   bool has_rest;                         // zeros have more bits than x's type
-  int32_t groups_in_block;                 // 1, 2, 4
-  int32_t group_scale_pieces, group_zero_pieces;  // elements of the copies, of the groups in a block
-  int32_t group_shift;      // log2(k blocks of a group); 31 for one group
-  uint32_t group_scale_bytes, group_zero_bytes;  // of the groups in a block, 64 rows
+  int32_t groups_in_chunk;  // 1, 2, 4, 8
+  int32_t group_steps;      // k16 steps of a group, at most those of a chunk
+  int32_t group_shift;      // log2(chunks of a group); 31 for one group
+  uint32_t group_scale_bytes, group_zero_bytes;   // of the groups in a chunk, 64 rows
+  int32_t group_scale_pieces, group_zero_pieces;  // the same in elements of the copies
   // Shared memory behind the ring, which starts at 0.
   uint32_t output_at, codebook_at, nested_map_at, barriers_at;
   // Formats.

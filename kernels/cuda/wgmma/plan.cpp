@@ -28,12 +28,12 @@ double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const Dev
   constexpr double kBlock = 60;          // clocks of a block that nothing hides
   constexpr double kTile = 900;          // of a tile: fill, output
   constexpr double kSums[] = {0, 700, 1100, 1700};  // parts of K: 1, 2, 4, 8
-  const double blocks = p.part_blocks + (p.part_rest > 0 ? 1 : 0);
+  const double blocks = kernel.blocks * (p.part_chunks + (p.part_rest > 0 ? 1 : 0));
   const double tensor = p.slabs_per_cta * 2.0 * kernel.tokens / 0.93;
   const double issue = p.slabs_per_cta * (kernel.table ? kTableDecode : kDecode);
   const double x_bytes = kernel.tokens * 128.0;
   const double weight_bytes =
-      p.slabs_per_cta * (2048.0 + p.group_scale_bytes + p.group_zero_bytes);
+      p.slabs_per_cta * (2048.0 + (p.group_scale_bytes + p.group_zero_bytes) / double(kernel.blocks));
   const double ctas = std::min<double>(p.clusters, double(p.row_tiles) * p.token_tiles) * p.cluster_n * p.cluster_k;
   const double from_l2 = ctas * (x_bytes / p.cluster_n + weight_bytes) / kSharedRate;
   const double block = std::max({tensor / kClock, issue / kClock, from_l2, (x_bytes + weight_bytes) / kCtaRate});
@@ -52,15 +52,15 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const Weight& w = problem.weight;
   Params& p = *params;
   const int cluster = split.cluster_n * split.cluster_k;
-  const int k_blocks = static_cast<int>(layout::blocks_along_k(w.k));
-  if (split.warpgroups > kernel.warpgroups || split.cluster_k > k_blocks || cluster > kMaxCluster) return false;
+  const int chunks = static_cast<int>(layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks));
+  if (split.warpgroups > kernel.warpgroups || split.cluster_k > chunks || cluster > kMaxCluster) return false;
   if (device.active_clusters(cluster) == 0) return false;
   p.cluster_n = split.cluster_n;
   p.cluster_k = split.cluster_k;
   p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
   p.slabs = static_cast<int32_t>(layout::slabs(w.n));
-  p.part_blocks = k_blocks / split.cluster_k;
-  p.part_rest = k_blocks % split.cluster_k;
+  p.part_chunks = chunks / split.cluster_k;
+  p.part_rest = chunks % split.cluster_k;
   p.row_tiles = static_cast<int32_t>(layout::ceil_div(p.slabs, p.slabs_per_cta * split.cluster_n));
   p.token_tiles = static_cast<int32_t>(layout::ceil_div(problem.m, kernel.tokens));
   const int64_t tiles = int64_t{p.row_tiles} * p.token_tiles;
@@ -71,23 +71,21 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
   const bool one_group = w.group_size >= w.k;
-  p.groups_in_block =
-      one_group || w.group_size >= layout::kBlockK ? 1 : static_cast<int32_t>(layout::kBlockK / w.group_size);
-  p.group_shift = one_group                           ? 31
-                  : w.group_size <= layout::kBlockK ? 0
-                                                    : log2_of(w.group_size / layout::kBlockK);
-  const bool has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
-  if (kernel.fine != (p.groups_in_block > 1 || has_rest)) return false;
-  const int group_values = p.groups_in_block * layout::kBlockRows;
+  const int64_t chunk_k = kernel.blocks * layout::kBlockK;
+  p.groups_in_chunk = one_group || w.group_size >= chunk_k ? 1 : static_cast<int32_t>(chunk_k / w.group_size);
+  p.group_steps = static_cast<int32_t>(chunk_k) / layout::kStepK / p.groups_in_chunk;
+  p.group_shift = one_group ? 31 : w.group_size <= chunk_k ? 0 : log2_of(w.group_size / chunk_k);
+  if (kernel.fine != (p.groups_in_chunk > kernel.blocks || w.zero_type != ZeroType::kNone)) return false;
+  const int group_values = p.groups_in_chunk * layout::kBlockRows;
   p.group_scale_bytes = static_cast<uint32_t>(group_values * p.scale_bytes);
   p.group_zero_bytes = static_cast<uint32_t>(group_values * p.zero_bytes);
-  p.group_scale_pieces = static_cast<int32_t>(p.group_scale_bytes) / kScalePieceBytes;
-  p.group_zero_pieces = static_cast<int32_t>(p.group_zero_bytes) / kScalePieceBytes;
-  p.has_rest = has_rest;
+  p.group_scale_pieces = static_cast<int32_t>(p.group_scale_bytes) / kPieceBytes;
+  p.group_zero_pieces = static_cast<int32_t>(p.group_zero_bytes) / kPieceBytes;
+  p.has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
   // A stage.
-  const uint32_t x_bytes = static_cast<uint32_t>(kernel.tokens * layout::kBlockK * 2);
+  const uint32_t x_bytes = static_cast<uint32_t>(kernel.blocks * kernel.tokens * layout::kBlockK * 2);
   p.codes_at = x_bytes;
-  p.scales_at = p.codes_at + p.slabs_per_cta * layout::block_bytes(4);
+  p.scales_at = p.codes_at + p.slabs_per_cta * kernel.blocks * layout::block_bytes(4);
   p.zeros_at = p.scales_at + p.slabs_per_cta * p.group_scale_bytes;
   p.copy_bytes = p.resolved_at = p.zeros_at + p.slabs_per_cta * p.group_zero_bytes;
   p.resolved_bytes = static_cast<uint32_t>(p.slabs_per_cta * group_values * 2);
@@ -118,6 +116,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   plan->threads = (split.warpgroups + 1) * kWarpgroupThreads;
   plan->shared_bytes = static_cast<int>(at);
   plan->box_tokens = kernel.tokens / split.cluster_n;
+  plan->chunk_blocks = kernel.blocks;
   return true;
 }
 

@@ -10,11 +10,12 @@ namespace cutlass_ext::cuda::wgmma {
 // What the plan must know of a compiled kernel.
 struct KernelTraits {
   int tokens;         // of a tile
+  int blocks;         // of a chunk
   int row_tiles;      // 64-row slabs of a warpgroup
   int warpgroups;     // that multiply, at most
   int output_tokens;  // that a warpgroup's output buffer holds
   bool table;         // codebooks
-  bool fine;          // also groups below a block, and zeros of more bits than x's type
+  bool fine;          // every zero point and group size; else none, and groups of a block at least
 };
 
 struct Compiled {
@@ -42,6 +43,7 @@ struct Plan {
   int threads;       // of a CTA
   int shared_bytes;  // dynamic
   int box_tokens;    // of a copy of x
+  int chunk_blocks;  // of a copy of codes
 };
 
 // Fills the launch fields of `params`; false if the split does not fit the device or the problem.

@@ -25,9 +25,9 @@ class ScaleResolver {
   struct SecondLevel {
     float of[2];
   };
-  __device__ __forceinline__ SecondLevel load_second_level(int slab, int block, int group) const {
+  __device__ __forceinline__ SecondLevel load_second_level(int slab, int chunk, int group) const {
     SecondLevel second;
-    const int index = min(p.groups_in_block > 1 ? block * p.groups_in_block + group : block >> p.group_shift, p.groups - 1);
+    const int index = min(p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + group : chunk >> p.group_shift, p.groups - 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // Rows behind N are padding: any second-level scale that exists.
@@ -49,9 +49,8 @@ class ScaleResolver {
       scale = floats(raw, p.scale_type);
     }
     const uint32_t to = stage + p.resolved_at + value * 2;
-    scale.x *= Codes::kScaleFactor;
-    scale.y *= Codes::kScaleFactor;
-    const float2 rounded_scale = store_pair(to, scale);
+    const float2 stored{Codes::stored_scale(0, scale.x), Codes::stored_scale(1, scale.y)};
+    const float2 rounded_scale = store_pair(to, stored);
     if constexpr (!Codes::kTable) {
       float2 zero{};
       if (p.zero_bytes != 0) {
@@ -62,12 +61,14 @@ class ScaleResolver {
           zero = floats(stored, p.scale_type);
         }
       }
-      zero.x = (zero.x + p.bias_of_codes) * Codes::kZeroFactor;
-      zero.y = (zero.y + p.bias_of_codes) * Codes::kZeroFactor;
+      // Of the rounded scale where it is fused, so that code and zero point have the same.
+      const float bias = float(p.bias_of_codes);
+      const float2 fused{unscale<0>(rounded_scale.x), unscale<1>(rounded_scale.y)};
+      zero = {Codes::stored_zero(zero.x + bias, fused.x), Codes::stored_zero(zero.y + bias, fused.y)};
       const float2 rounded = store_pair(to + p.resolved_bytes, zero);
       if (p.has_rest) {
         store_pair(to + 2 * p.resolved_bytes, {zero.x - rounded.x, zero.y - rounded.y});
-        store_pair(to + 3 * p.resolved_bytes, {scale.x - rounded_scale.x, scale.y - rounded_scale.y});
+        store_pair(to + 3 * p.resolved_bytes, {stored.x - rounded_scale.x, stored.y - rounded_scale.y});
       }
     }
   }
@@ -89,6 +90,12 @@ class ScaleResolver {
     if (bytes == 2) return {load_shared_4(from), 0};
     if (bytes == 4) return load_shared_8(from);
     return {load_shared_2(from), 0};
+  }
+
+  // A scale from what it is stored as.
+  template <int kRow>
+  __device__ __forceinline__ static float unscale(float stored) {
+    return stored * (1 / Codes::stored_scale(kRow, 1));
   }
 
   // Two neighbours of a type of scales.
