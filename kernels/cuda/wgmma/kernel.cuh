@@ -17,6 +17,7 @@
 
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/fast_math.h>
 
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
@@ -42,6 +43,7 @@ constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
 
 struct Arguments {
   CUtensorMap x, codes, scales, zeros;
+  cutlass::FastDivmod token_tiles;
   Params params;
 };
 
@@ -151,11 +153,9 @@ class Kernel {
   __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
 
   __device__ __forceinline__ Tile tile_at(int index) const {
-    const int band_tiles = p.raster * p.token_tiles;
-    const int band = index / band_tiles;
-    const int rows = min(p.raster, p.row_tiles - band * p.raster);
-    const int rest = index - band * band_tiles;
-    return {band * p.raster + rest % rows, rest / rows};
+    Tile tile;
+    arguments.token_tiles(tile.row, tile.token, index);
+    return tile;
   }
 
   __device__ __forceinline__ int first_slab(Tile tile) const {
@@ -535,6 +535,7 @@ class Kernel {
     cluster_sync();
 #pragma unroll 1
     for (int source = 0; source < p.cluster_k; ++source) {
+      if (source == part) continue;
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
@@ -543,14 +544,14 @@ class Kernel {
           const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
                                               source * p.cluster_n + rank_n);
           float* to = sums.v[r] + 4 * q;
-          to[0] = v.x + (source > 0 ? to[0] : 0);
-          to[1] = v.y + (source > 0 ? to[1] : 0);
-          to[2] = v.z + (source > 0 ? to[2] : 0);
-          to[3] = v.w + (source > 0 ? to[3] : 0);
+          to[0] += v.x;
+          to[1] += v.y;
+          to[2] += v.z;
+          to[3] += v.w;
         }
     }
     cute::tma_store_fence();  // the next copies into the ring come from another proxy
-    cluster_sync();
+    cute::cluster_arrive();
   }
 
   __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
@@ -604,6 +605,7 @@ class Kernel {
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
+    if (p.cluster_k > 1) cute::cluster_wait();  // everyone has read this CTA's sums
   }
 
   // Eight rows of a token.

@@ -198,6 +198,7 @@ Params params_of(const GemmProblem& problem) {
 
 const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan) {
   Arguments arguments;
+  arguments.token_tiles = cutlass::FastDivmod(params.token_tiles);
   arguments.params = params;
   if (!encode_all(problem, params, plan, &arguments)) return "cuTensorMapEncodeTiled refuses x or the weight";
   cudaError_t error = allow_shared_memory(function);

@@ -66,8 +66,6 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const int64_t tiles = int64_t{p.row_tiles} * p.token_tiles;
   if (tiles > INT32_MAX) return false;
   p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(cluster)));
-  // Clusters at work are about as many row tiles as token tiles: both x and weights are read from L2.
-  p.raster = std::max(1, std::min(p.row_tiles, p.clusters / std::min(p.token_tiles, 4)));
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
   const bool one_group = w.group_size >= w.k;
