@@ -45,8 +45,8 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t v) {
 struct Scale {
   uint32_t scale[2];
   uint32_t zero[2];  // integers: what is added to a code, in the units of decode()
-  // Floating-point zeros of another type than T: what zero[] and scale[] lack. Else three roundings, of zero, scale and
-  // product, would add up.
+  // What zero[] and scale[] lack, where more than two roundings would add up: codebooks, and floating-point zeros of
+  // another type than T.
   uint32_t zero_rest[2];
   uint32_t scale_rest[2];
 };
@@ -74,11 +74,12 @@ struct IntegerUnits<__half> {  // units of 2^-24; the factors keep scales and we
 };
 
 // kFine: every zero point and group size; else none and groups of a block at least.
-template <class T_, bool kFine_>
+template <class T_, bool kFine_, int kTokens>
 struct IntegerCodes {
   using T = T_;
   using Units = IntegerUnits<T>;
   static constexpr bool kTable = false;
+  static constexpr bool kPairTable = false;
   static constexpr bool kFine = kFine_;
   static constexpr bool kFused = Units::kFuses && !kFine;
   static constexpr float kOutputFactor = kFused ? Units::kFusedOutput : Units::kOutput;
@@ -118,41 +119,67 @@ struct IntegerCodes {
   }
 };
 
-// The codebook's 16 values lie in eight registers, low bytes and high bytes apart, and are looked up by byte permutes:
-// two of eight values each, a third takes the one that the code's top bit says. No shared memory: that is what x and
-// the MMA's reads of it need most.
-template <class T_, bool kFine_>
+// Codebooks. Scales have a second part, because the values are already rounded: value * scale + value * rest.
+// Up to kPairTokens tokens a byte of two codes is the index of a pair of values in shared memory, of which every bank has
+// a copy. Above, shared memory is what x and the MMA's reads of it need most: the 16 values lie in eight registers, low
+// bytes and high bytes apart, and are looked up by byte permutes, two of eight values each, and a third that takes the
+// one that the code's top bit says.
+constexpr int kPairTokens = 64;
+
+template <class T_, bool kFine_, int kTokens>
 struct CodebookCodes {
   using T = T_;
   static constexpr bool kTable = true;
   static constexpr bool kFine = kFine_;
+  static constexpr bool kPairTable = kTokens <= kPairTokens;
   static constexpr float kOutputFactor = 1;
 
   struct Table {
+    uint32_t lane_address;  // of the pair table's copy in the lane's bank, without the table's own address
     uint32_t low[4], high[4];
   };
 
   __device__ __forceinline__ static void decode(uint32_t w, const Table& table, const Scale& s, bool,
                                                 uint32_t (&a)[4]) {
-    uint32_t index = w & 0x77777777u;
-    uint32_t half = (w & 0x88888888u) >> 1 | 0x32103210u;
+    if constexpr (kPairTable) {
+      a[0] = pair<0>(w, table.lane_address);
+      a[1] = pair<1>(w, table.lane_address);
+      a[2] = pair<2>(w, table.lane_address);
+      a[3] = pair<3>(w, table.lane_address);
+    } else {
+      uint32_t index = w & 0x77777777u;
+      uint32_t half = (w & 0x88888888u) >> 1 | 0x32103210u;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t low = __byte_perm(__byte_perm(table.low[0], table.low[1], index),
-                                       __byte_perm(table.low[2], table.low[3], index), half);
-      const uint32_t high = __byte_perm(__byte_perm(table.high[0], table.high[1], index),
-                                        __byte_perm(table.high[2], table.high[3], index), half);
-      a[2 * i] = __byte_perm(low, high, 0x5140);
-      a[2 * i + 1] = __byte_perm(low, high, 0x7362);
-      index >>= 16;
-      half >>= 16;
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t low = __byte_perm(__byte_perm(table.low[0], table.low[1], index),
+                                         __byte_perm(table.low[2], table.low[3], index), half);
+        const uint32_t high = __byte_perm(__byte_perm(table.high[0], table.high[1], index),
+                                          __byte_perm(table.high[2], table.high[3], index), half);
+        a[2 * i] = __byte_perm(low, high, 0x5140);
+        a[2 * i + 1] = __byte_perm(low, high, 0x7362);
+        index >>= 16;
+        half >>= 16;
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<T>(a[i]), as_pair<T>(s.scale[i & 1])));
+    for (int i = 0; i < 4; ++i) {
+      const auto v = as_pair<T>(a[i]);
+      a[i] = as_bits(__hfma2(v, as_pair<T>(s.scale[i & 1]), __hmul2(v, as_pair<T>(s.scale_rest[i & 1]))));
+    }
   }
 
   __device__ __forceinline__ static float stored_scale(int, float scale) { return scale; }
   __device__ __forceinline__ static float stored_zero(float, float) { return 0; }
+
+ private:
+  template <int kByte>
+  __device__ __forceinline__ static uint32_t pair(uint32_t w, uint32_t lane_address) {
+    uint32_t address, v;  // byte 1: the codes; byte 0: the lane's bank; byte 3: the CTA's window
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(w), "r"(lane_address), "n"(0x7604 | kByte << 4));
+    // Not volatile: the table does not change once it is built, so the compiler may schedule the lookups.
+    asm("ld.shared.u32 %0, [%1+%2];" : "=r"(v) : "r"(address), "n"(kSharedBase));
+    return v;
+  }
 };
 
 }  // namespace cutlass_ext::cuda::wgmma

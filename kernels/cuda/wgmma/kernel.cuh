@@ -108,6 +108,12 @@ class Kernel {
   __device__ __forceinline__ void run() {
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroupThreads, 0);
     launch_dependents();
+    if (threadIdx.x == 32) {
+      prefetch(arguments.codes);
+      prefetch(arguments.scales);
+      prefetch(arguments.x);
+      if (p.zero_bytes != 0) prefetch(arguments.zeros);
+    }
     if (threadIdx.x < kMaxStages) {
       Barrier::init(full + threadIdx.x, 1);
       Barrier::init(resolved + threadIdx.x, 1);
@@ -148,6 +154,10 @@ class Kernel {
   uint64_t* empty;     // read
   int part, rank_n, first_tile;
   int chunk0, chunks;  // this CTA's
+
+  __device__ __forceinline__ static void prefetch(const CUtensorMap& map) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+  }
 
   __device__ __forceinline__ bool in_cluster() const { return p.cluster_n * p.cluster_k > 1; }
   __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
@@ -191,9 +201,32 @@ class Kernel {
     return stream::factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
   }
 
+  // By all warps that multiply: two threads an entry, 64 bytes each; the order of their pieces keeps eight threads on
+  // different banks.
+  __device__ __forceinline__ void build_pair_table() const {
+    if ((shared & 0xFFFFFFu) != kSharedBase) __trap();
+    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
+    const auto value = [&](int code) {
+      return uint32_t(memory[p.codebook_at + code]) | uint32_t(memory[p.codebook_at + kCodebookSize + code]) << 8;
+    };
+    for (int i = threadIdx.x - kWarpgroupThreads; i < 512; i += threads) {
+      const int entry = i >> 1;
+      const uint32_t pair = value(entry & 15) | value(entry >> 4) << 16;
+      const uint32_t at = shared + entry * 256 + (i & 1) * 64;
+#pragma unroll
+      for (int piece = 0; piece < 4; ++piece) {
+        store_shared_16(at + ((piece + entry) & 3) * 16, make_uint4(pair, pair, pair, pair));
+      }
+    }
+    sync_warps(kSumsBarrier, threads);
+  }
+
   __device__ __forceinline__ typename Codes::Table load_table() const {
     typename Codes::Table table;
-    if constexpr (Codes::kTable) {
+    if constexpr (Codes::kPairTable) {
+      build_pair_table();
+      table.lane_address = (shared & 0xFF000000u) + threadIdx.x % 32 * 4;
+    } else if constexpr (Codes::kTable) {
       const uint4 low = load_shared_16(shared + p.codebook_at);
       const uint4 high = load_shared_16(shared + p.codebook_at + kCodebookSize);
       table.low[0] = low.x, table.low[1] = low.y, table.low[2] = low.z, table.low[3] = low.w;
@@ -206,11 +239,6 @@ class Kernel {
 
   __device__ __forceinline__ void copy() {
     const bool copies = cute::elect_one_sync();
-    if (copies) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.codes));
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.scales));
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&arguments.x));
-    }
     RingPosition at;
     bool first = true;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
@@ -247,7 +275,7 @@ class Kernel {
   static constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
   __device__ __forceinline__ void copy_weights(Tile tile, int chunk, int stage) const {
-    const uint32_t to = stage * p.stage_bytes;
+    const uint32_t to = p.ring_at + stage * p.stage_bytes;
     Barrier::arrive_and_expect_tx(full + stage, p.copy_bytes);
     const int slab = first_slab(tile);
     const int group = (chunk0 + chunk) >> p.group_shift;  // of a chunk's groups
@@ -264,7 +292,7 @@ class Kernel {
   __device__ __forceinline__ void copy_x(Tile tile, int chunk, int stage) const {
 #pragma unroll
     for (int block = 0; block < C::kBlocks; ++block) {
-      const uint32_t to = stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
+      const uint32_t to = p.ring_at + stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
       const int k = ((chunk0 + chunk) * C::kBlocks + block) * layout::kBlockK;
       const int token = tile.token * C::kTokens;
       if (p.cluster_n == 1) {
@@ -308,7 +336,7 @@ class Kernel {
         for (int i = 0; i < groups; ++i) {
           const auto current = second;
           if (i + 1 < groups) load_second_level(i + 1);
-          resolver.resolve(shared + at.stage * p.stage_bytes, i, current);
+          resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, i, current);
         }
         __syncwarp();
         if (lane == 0) Barrier::arrive(resolved + at.stage);
@@ -413,17 +441,18 @@ class Kernel {
     const int group_shift = 31 - __clz(p.group_steps);
     const Release release = release_of(lane);
     const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
-    uint32_t stage = shared + at.stage * p.stage_bytes;
+    const uint32_t ring = shared + p.ring_at;
+    uint32_t stage = ring + at.stage * p.stage_bytes;
     uint4 w;                       // codes of the block that is decoded
-    uint32_t pair, zero_pair = 0;  // and its scales
+    uint32_t pair, second_pair;  // its scales, and zeros or what the scales lack
     Scale scale;
     uint32_t a[2][2][4];  // operands of the two halves of a block
     // A chunk is walked slab by slab; `step` counts the k16 steps of a slab's chunk.
     const auto fetch_scale = [&](int r, int step) __attribute__((always_inline)) {
       const uint32_t from = stage + scales_at + r * slab_scales + (step >> group_shift) * kGroupBytes;
       pair = load_shared_4(from);
+      second_pair = load_shared_4(from + p.resolved_bytes);
       if constexpr (!Codes::kTable) {
-        zero_pair = load_shared_4(from + p.resolved_bytes);
         if (Codes::kFine && p.has_rest) {
           repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.zero_rest);
           repeat(load_shared_4(from + 3 * p.resolved_bytes), scale.scale_rest);
@@ -436,7 +465,11 @@ class Kernel {
     };
     const auto take_scale = [&]() __attribute__((always_inline)) {
       repeat(pair, scale.scale);
-      if constexpr (!Codes::kTable) repeat(zero_pair, scale.zero);
+      if constexpr (Codes::kTable) {
+        repeat(second_pair, scale.scale_rest);
+      } else {
+        repeat(second_pair, scale.zero);
+      }
     };
     const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
       if (Codes::kFine && step % layout::kSteps != 0 && (step & (p.group_steps - 1)) == 0) {  // groups of 16 and 32
@@ -483,7 +516,7 @@ class Kernel {
         }
       }
       at.advance(p.stages);
-      stage = at.stage == 0 ? shared : stage + p.stage_bytes;
+      stage = at.stage == 0 ? ring : stage + p.stage_bytes;
       const bool more = left > 1;
       if (more) {
         wait(barriers + at.stage * 8, at.phase);
@@ -522,7 +555,7 @@ class Kernel {
     const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
     sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
     const uint32_t mine =
-        shared + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+        shared + p.ring_at + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll

@@ -11,6 +11,10 @@ constexpr int kMaxStages = 24;
 constexpr int kCodebookSize = 16;
 // Elements of tensor maps: a box has at most 256 along a dimension, so that a block's codes are one copy.
 constexpr int kPieceBytes = 8;
+// Dynamic shared memory starts here in a CTA's window. The address of the pair table, its first piece, is an immediate
+// operand.
+constexpr uint32_t kSharedBase = 1024;
+constexpr uint32_t kPairTableBytes = 256 * 256;  // 256 pairs of codes, a copy for each of 32 banks, every 256 bytes
 constexpr int kSharedAlignment = 1024;  // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
 
 struct Params {
@@ -32,7 +36,8 @@ struct Params {
   int32_t group_shift;      // log2(chunks of a group); 31 for one group
   uint32_t group_scale_bytes, group_zero_bytes;   // of the groups in a chunk, 64 rows
   int32_t group_scale_pieces, group_zero_pieces;  // the same in elements of the copies
-  // Shared memory behind the ring, which starts at 0.
+  uint32_t ring_at;
+  // Shared memory behind the ring.
   uint32_t output_at, codebook_at, nested_map_at, barriers_at;
   // Formats.
   int32_t scale_type, zero_type;

@@ -87,19 +87,20 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.zeros_at = p.scales_at + p.slabs_per_cta * p.group_scale_bytes;
   p.copy_bytes = p.resolved_at = p.zeros_at + p.slabs_per_cta * p.group_zero_bytes;
   p.resolved_bytes = static_cast<uint32_t>(p.slabs_per_cta * group_values * 2);
-  const int kinds = kernel.table ? 1 : p.has_rest ? 4 : 2;
+  const int kinds = !kernel.table && p.has_rest ? 4 : 2;
   p.stage_bytes = align(p.resolved_at + kinds * p.resolved_bytes, kSharedAlignment);
   // What lies behind the ring.
   const uint32_t output_bytes = static_cast<uint32_t>(split.warpgroups * kernel.output_tokens * layout::kBlockRows * 2);
   const uint32_t map_bytes = w.scale_type == ScaleType::kNested ? kNestedMapSize * 4 : 0;
   const uint32_t barrier_bytes = kMaxStages * 3 * 8;
   const uint32_t rest = output_bytes + kCodebookBytes + map_bytes + barrier_bytes;
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes);
+  p.ring_at = kernel.pair_table ? kPairTableBytes : 0;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - p.ring_at;
   if (limit < rest + 2 * p.stage_bytes) return false;
   p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
-  uint32_t at = p.stages * p.stage_bytes;
+  uint32_t at = p.ring_at + p.stages * p.stage_bytes;
   // Parts of K leave their sums in the ring.
-  if (split.cluster_k > 1) at = std::max(at, static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
+  if (split.cluster_k > 1) at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
   p.output_at = at = align(at, 128);
   at += output_bytes;
   p.codebook_at = at;
@@ -108,7 +109,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   at += map_bytes;
   p.barriers_at = at;
   at += barrier_bytes;
-  if (at > limit) return false;
+  if (at > static_cast<uint32_t>(device.shared_bytes)) return false;
   plan->split = split;
   plan->clusters = p.clusters;
   plan->threads = (split.warpgroups + 1) * kWarpgroupThreads;

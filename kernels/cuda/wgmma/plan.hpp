@@ -15,6 +15,7 @@ struct KernelTraits {
   int warpgroups;     // that multiply, at most
   int output_tokens;  // that a warpgroup's output buffer holds
   bool table;         // codebooks
+  bool pair_table;    // in shared memory
   bool fine;          // every zero point and group size; else none, and groups of a block at least
 };
 

@@ -9,8 +9,8 @@
 
 namespace cutlass_ext::cuda::wgmma {
 
-// A stage gets 64 values of each kind for each group of each slab: scales; for integers also what is added to codes, and
-// where zeros are of another type than x's what rounding took from both.
+// A stage gets 64 values of each kind for each group of each slab: scales; for codebooks what rounding took from them; for
+// integers what is added to codes, and where zeros are of another type than x's what rounding took from both.
 template <class Codes>
 class ScaleResolver {
  public:
@@ -51,7 +51,9 @@ class ScaleResolver {
     const uint32_t to = stage + p.resolved_at + value * 2;
     const float2 stored{Codes::stored_scale(0, scale.x), Codes::stored_scale(1, scale.y)};
     const float2 rounded_scale = store_pair(to, stored);
-    if constexpr (!Codes::kTable) {
+    if constexpr (Codes::kTable) {
+      store_pair(to + p.resolved_bytes, {stored.x - rounded_scale.x, stored.y - rounded_scale.y});
+    } else {
       float2 zero{};
       if (p.zero_bytes != 0) {
         const uint2 stored = load_two(stage + p.zeros_at + value * p.zero_bytes, p.zero_bytes);
