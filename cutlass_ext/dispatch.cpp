@@ -31,6 +31,9 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
   if (problem.weight.flat_scales) return 0;
   return problem.dtype == DType::kFp32 ? 16 : 8;
 }
+// With wgmma: stream up to so many tokens, and the dense GEMM from so many.
+constexpr int64_t kCudaStreamTokensBesideWgmma = 16;
+constexpr int64_t kCudaWgmmaTokens = 2048;
 
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
@@ -50,6 +53,10 @@ int first_gemm(const GemmProblem& problem, Family family) {
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   const int stream = first_gemm(problem, Family::kStream);
+  if (problem.m > kCudaStreamTokensBesideWgmma && (problem.m <= kCudaWgmmaTokens || !dense_fallback)) {
+    const int wgmma = first_gemm(problem, Family::kWgmma);
+    if (wgmma >= 0) return wgmma;
+  }
   const int64_t limit = stream >= 0 ? kCudaStreamTokens : cuda_simt_tokens(problem);
   if (dense_fallback && problem.m > limit) {
     const int dequant = select_dequantize(Device::kCuda);

@@ -7,7 +7,7 @@
 
 namespace cutlass_ext {
 
-enum class Family { kStream, kTile, kSimt, kDequant };
+enum class Family { kStream, kWgmma, kTile, kSimt, kDequant };
 
 struct Instance {
   const char* name;  // <device>_<family>_<isa or variant>, the key everywhere

@@ -34,7 +34,12 @@ CPU_ISA_FLAGS = {
 # Best first: the dispatch takes the first available one of the family it wants.
 CPU_INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for family in ("stream", "tile", "dequant"))
 CUDA_INSTANCES = (
-    *(Instance("cuda", "stream", f"{codes}_{dtype}") for codes in ("int4", "codebook4") for dtype in ("bf16", "fp16")),
+    *(
+        Instance("cuda", family, f"{codes}_{dtype}")
+        for family in ("stream", "wgmma")
+        for codes in ("int4", "codebook4")
+        for dtype in ("bf16", "fp16")
+    ),
     *(Instance("cuda", "simt", dtype) for dtype in ("fp32", "fp16", "bf16")),
     Instance("cuda", "dequant", ""),
 )

@@ -1,0 +1,667 @@
+// The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
+// are the A operand, in registers, tokens the n of the MMA, in shared memory.
+//
+// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage is
+//          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
+//          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
+// Scales   Three more warps take turns at the stages to make scales of any type what decode multiplies with.
+// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the step
+//          before run: two sets of registers, and one group of MMAs always in flight.
+// Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
+//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which each
+//          CTA adds the tokens it stores. Every sum is added in one fixed order.
+// Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/fast_math.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/stream/codebook_factor.hpp"
+#include "kernels/cuda/wgmma/codes.cuh"
+#include "kernels/cuda/wgmma/params.hpp"
+#include "kernels/cuda/wgmma/scales.cuh"
+#include "kernels/layout.hpp"
+
+namespace cutlass_ext::cuda::wgmma {
+
+constexpr int kAtomBytes = layout::atom_bytes(4);
+constexpr int kBlockBytes = layout::block_bytes(4);
+constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
+constexpr int kUnitTokens = 16;                  // what a stmatrix stores
+constexpr int kResolveWarps = 3;
+constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
+
+struct Arguments {
+  CUtensorMap x, codes, scales, zeros;
+  cutlass::FastDivmod token_tiles;
+  Params params;
+};
+
+template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
+struct Config {
+  using Codes = Codes_;
+  using T = typename Codes::T;
+  static constexpr int kTokens = kTokens_;          // of a tile
+  static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
+  static constexpr int kBlocks = kTokens <= 128 ? 2 : 1;  // of a chunk: with 256 tokens x takes 32 KB a block
+  static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
+  // Of 64 K registers: what the launch gives every thread is dealt again.
+  static constexpr int kCopyRegisters = 40;
+  static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
+  static constexpr int kSums = kTokens / 2;  // of a lane and slab
+  using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
+  using Atom = decltype(cute::GMMA::rs_op_selector<
+Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>, cute::GMMA::Major::K,
+                        cute::GMMA::Major::K>());
+};
+
+// Runs through the stages of the ring, over all tiles.
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct Tile {
+  int row, token;  // in tiles of a cluster
+};
+
+template <class C>
+class Kernel {
+ public:
+  using T = typename C::T;
+  using Codes = typename C::Codes;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+  __device__ __forceinline__ Kernel(const Arguments& arguments, uint8_t* shared)
+      : arguments(arguments), p(arguments.params), memory(shared), shared(cute::cast_smem_ptr_to_uint(shared)) {
+    full = reinterpret_cast<uint64_t*>(shared + p.barriers_at);
+    resolved = full + kMaxStages;
+    empty = resolved + kMaxStages;
+    asm("" : "+r"(this->shared));  // kept: to compute it again takes the CTA's rank, read anew each time
+    const int rank = blockIdx.x % (p.cluster_n * p.cluster_k);
+    part = rank / p.cluster_n;
+    rank_n = rank % p.cluster_n;
+    first_tile = blockIdx.x / (p.cluster_n * p.cluster_k);
+    chunk0 = part * p.part_chunks + min(part, p.part_rest);
+    chunks = p.part_chunks + (part < p.part_rest ? 1 : 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroupThreads, 0);
+    launch_dependents();
+    if (threadIdx.x == 32) {
+      prefetch(arguments.codes);
+      prefetch(arguments.scales);
+      prefetch(arguments.x);
+      if (p.zero_bytes != 0) prefetch(arguments.zeros);
+    }
+    if (threadIdx.x < kMaxStages) {
+      Barrier::init(full + threadIdx.x, 1);
+      Barrier::init(resolved + threadIdx.x, 1);
+      Barrier::init(empty + threadIdx.x, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
+      cutlass::arch::fence_barrier_init();
+    }
+    if constexpr (Codes::kTable) copy_codebook();
+    if (p.scale_type == int(ScaleType::kNested)) {
+      for (int i = threadIdx.x; i < kNestedMapSize; i += blockDim.x) {
+        store_shared_float(shared + p.nested_map_at + i * 4, __ldg(p.nested_map + i));
+      }
+    }
+    __syncthreads();
+    if (in_cluster()) cluster_wait_for_all();
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<C::kCopyRegisters>();
+      const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+      if (warp == 0) {
+        copy();
+      } else {
+        resolve(warp - 1);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<C::kMultiplyRegisters>();
+      multiply(warpgroup - 1);
+    }
+    // Others may still copy x to this CTA, or arrive at its barriers.
+    if (in_cluster()) cluster_wait_for_all();
+  }
+
+ private:
+  const Arguments& arguments;
+  const Params& p;
+  uint8_t* memory;
+  uint32_t shared;
+  uint64_t* full;      // of each stage: copied
+  uint64_t* resolved;  // its scales too
+  uint64_t* empty;     // read
+  int part, rank_n, first_tile;
+  int chunk0, chunks;  // this CTA's
+
+  __device__ __forceinline__ static void prefetch(const CUtensorMap& map) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+  }
+
+  __device__ __forceinline__ bool in_cluster() const { return p.cluster_n * p.cluster_k > 1; }
+  __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
+
+  __device__ __forceinline__ Tile tile_at(int index) const {
+    Tile tile;
+    arguments.token_tiles(tile.row, tile.token, index);
+    return tile;
+  }
+
+  __device__ __forceinline__ int first_slab(Tile tile) const {
+    return (tile.row * p.cluster_n + rank_n) * p.slabs_per_cta;
+  }
+
+  // ---- the codebook
+
+  // Sixteen values of the type of x, low bytes first, and what undoes their factor. By the first warp.
+  __device__ __forceinline__ void copy_codebook() const {
+    if (threadIdx.x >= 32) return;
+    const int i = threadIdx.x % kCodebookSize;
+    const bool given = p.codebook_data != nullptr;
+    const float factor = given ? search_factor() : p.codebook_factor;
+    const float value = (given ? p.codebook_data[i] : p.codebook[i]) * factor;
+    const uint32_t bits = as_bits(Pair<T>::of(value, value));
+    store_shared_byte(shared + p.codebook_at + i, bits);
+    store_shared_byte(shared + p.codebook_at + kCodebookSize + i, bits >> 8);
+    if (threadIdx.x == 0) store_shared_float(shared + p.codebook_at + 2 * kCodebookSize, 1 / factor);
+  }
+
+  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16 bits.
+  __device__ __forceinline__ static void store_shared_byte(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+  }
+
+  // A weight's own codebook is not known to the host: every lane tries one factor.
+  __device__ __forceinline__ float search_factor() const {
+    const float error = stream::rounding_error(p.codebook_data, stream::factor_at(threadIdx.x % stream::kFactors),
+                                               [](float v) { return float(T(v)); });
+    // Errors are not negative, so that their bits are in their order.
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, __float_as_uint(error));
+    return stream::factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
+  }
+
+  // By all warps that multiply: two threads an entry, 64 bytes each; the order of their pieces keeps eight threads on
+  // different banks.
+  __device__ __forceinline__ void build_pair_table() const {
+    if ((shared & 0xFFFFFFu) != kSharedBase) __trap();
+    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
+    const auto value = [&](int code) {
+      return uint32_t(memory[p.codebook_at + code]) | uint32_t(memory[p.codebook_at + kCodebookSize + code]) << 8;
+    };
+    for (int i = threadIdx.x - kWarpgroupThreads; i < 512; i += threads) {
+      const int entry = i >> 1;
+      const uint32_t pair = value(entry & 15) | value(entry >> 4) << 16;
+      const uint32_t at = shared + entry * 256 + (i & 1) * 64;
+#pragma unroll
+      for (int piece = 0; piece < 4; ++piece) {
+        store_shared_16(at + ((piece + entry) & 3) * 16, make_uint4(pair, pair, pair, pair));
+      }
+    }
+    sync_warps(kSumsBarrier, threads);
+  }
+
+  __device__ __forceinline__ typename Codes::Table load_table() const {
+    typename Codes::Table table;
+    if constexpr (Codes::kPairTable) {
+      build_pair_table();
+      table.lane_address = (shared & 0xFF000000u) + threadIdx.x % 32 * 4;
+    } else if constexpr (Codes::kTable) {
+      const uint4 low = load_shared_16(shared + p.codebook_at);
+      const uint4 high = load_shared_16(shared + p.codebook_at + kCodebookSize);
+      table.low[0] = low.x, table.low[1] = low.y, table.low[2] = low.z, table.low[3] = low.w;
+      table.high[0] = high.x, table.high[1] = high.y, table.high[2] = high.z, table.high[3] = high.w;
+    }
+    return table;
+  }
+
+  // ---- copies
+
+  __device__ __forceinline__ void copy() {
+    const bool copies = cute::elect_one_sync();
+    RingPosition at;
+    bool first = true;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      if (copies) {
+        const Tile tile = tile_at(index);
+        int chunk = 0;
+        if (first) {
+          // Weights do not depend on the kernel before.
+          const int ahead = min(p.stages, chunks);
+          for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
+          wait_for_previous_kernel();
+          for (; chunk < ahead; ++chunk, at.advance(p.stages)) copy_x(tile, chunk, at.stage);
+        }
+        for (; chunk < chunks; ++chunk, at.advance(p.stages)) {
+          Barrier::wait(empty + at.stage, at.phase ^ 1);
+          copy_weights(tile, chunk, at.stage);
+          copy_x(tile, chunk, at.stage);
+        }
+        first = false;
+      }
+      skip_sums();
+    }
+  }
+
+  // Takes part in the barriers of add_parts.
+  __device__ __forceinline__ void skip_sums() const {
+    __syncwarp();
+    if (p.cluster_k > 1) {
+      cluster_sync();
+      cluster_sync();
+    }
+  }
+
+  static constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+  __device__ __forceinline__ void copy_weights(Tile tile, int chunk, int stage) const {
+    const uint32_t to = p.ring_at + stage * p.stage_bytes;
+    Barrier::arrive_and_expect_tx(full + stage, p.copy_bytes);
+    const int slab = first_slab(tile);
+    const int group = (chunk0 + chunk) >> p.group_shift;  // of a chunk's groups
+    cute::SM90_TMA_LOAD_3D::copy(&arguments.codes, full + stage, kHint, memory + to + p.codes_at, 0,
+                                 (chunk0 + chunk) * C::kBlocks, slab);
+    load(arguments.scales, to + p.scales_at, group * p.group_scale_pieces, slab, stage);
+    if (p.zero_bytes != 0) load(arguments.zeros, to + p.zeros_at, group * p.group_zero_pieces, slab, stage);
+  }
+
+  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, int column, int row, int stage) const {
+    cute::SM90_TMA_LOAD_2D::copy(&map, full + stage, kHint, memory + to, column, row);
+  }
+
+  __device__ __forceinline__ void copy_x(Tile tile, int chunk, int stage) const {
+#pragma unroll
+    for (int block = 0; block < C::kBlocks; ++block) {
+      const uint32_t to = p.ring_at + stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
+      const int k = ((chunk0 + chunk) * C::kBlocks + block) * layout::kBlockK;
+      const int token = tile.token * C::kTokens;
+      if (p.cluster_n == 1) {
+        load(arguments.x, to, k, token, stage);
+      } else {
+        const int share = C::kTokens / p.cluster_n;
+        const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&arguments.x, full + stage, mask, kHint,
+                                               memory + to + rank_n * share * kXRowBytes, k, token + rank_n * share);
+      }
+    }
+  }
+
+  // ---- scales
+
+  // One of kResolveWarps warps, which take turns at the stages.
+  __device__ __forceinline__ void resolve(int turn) {
+    const int lane = threadIdx.x % 32;
+    const ScaleResolver<Codes> resolver(p, shared, lane);
+    const int groups = p.slabs_per_cta * p.groups_in_chunk;
+    const int group_shift = 31 - __clz(p.groups_in_chunk);
+    const bool nested = p.scale_type == int(ScaleType::kNested);
+    RingPosition at;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      const Tile tile = tile_at(index);
+      for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
+        if (turn != 0) {
+          --turn;
+          continue;
+        }
+        turn = kResolveWarps - 1;
+        typename ScaleResolver<Codes>::SecondLevel second{};
+        const auto load_second_level = [&](int i) {
+          if (nested) {
+            second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), chunk0 + chunk,
+                                                i & (p.groups_in_chunk - 1));
+          }
+        };
+        load_second_level(0);
+        Barrier::wait(full + at.stage, at.phase);
+        for (int i = 0; i < groups; ++i) {
+          const auto current = second;
+          if (i + 1 < groups) load_second_level(i + 1);
+          resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, i, current);
+        }
+        __syncwarp();
+        if (lane == 0) Barrier::arrive(resolved + at.stage);
+      }
+      skip_sums();
+    }
+  }
+
+  // ---- the main loop
+
+  struct Sums {
+    float v[C::kRowTiles][C::kSums];
+  };
+
+  __device__ __forceinline__ void multiply(int warpgroup) {
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32 % 4, 0);
+    const int lane = threadIdx.x % 32;
+    const typename Codes::Table table = load_table();
+    wait_for_previous_kernel();
+    RingPosition at;
+    for (int index = first_tile; index < tiles(); index += p.clusters) {
+      const Tile tile = tile_at(index);
+      Sums sums;
+      multiply_tile(warpgroup * C::kRowTiles, warp, lane, table, at, sums);
+      finish_tile(tile, warpgroup, warp, lane, sums);
+    }
+  }
+
+  // A barrier of a stage, as the loop addresses it.
+  static constexpr uint32_t kResolvedBarriers = kMaxStages * 8;
+  static constexpr uint32_t kEmptyBarriers = 2 * kMaxStages * 8;
+
+  __device__ __forceinline__ static void wait(uint32_t barrier, uint32_t phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+  }
+
+  // Each lane below cluster_n tells one of the CTAs that copy x into this stage that it is free.
+  struct Release {
+    uint32_t barriers;  // in that CTA
+    bool arrives;
+
+    __device__ __forceinline__ void operator()(int stage) const {
+      if (arrives) {
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8)
+                     : "memory");
+      }
+    }
+  };
+
+  __device__ __forceinline__ Release release_of(int lane) const {
+    Release release;
+    release.arrives = lane < p.cluster_n;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(release.barriers)
+        : "r"(shared + p.barriers_at + kEmptyBarriers), "r"(part * p.cluster_n + min(lane, p.cluster_n - 1)));
+    return release;
+  }
+
+  // The B operand of a block's first k16 step; the next ones lie 32 bytes further each.
+  __device__ __forceinline__ cute::GmmaDescriptor descriptor(uint32_t x) const {
+    cute::GmmaDescriptor d;
+    d.desc_ = 0;
+    d.bitfield.start_address_ = uint16_t((x & 0x3FFFF) >> 4);
+    d.bitfield.leading_byte_offset_ = 1;
+    d.bitfield.stride_byte_offset_ = 8 * kXRowBytes >> 4;
+    d.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::B128);
+    return d;
+  }
+
+  // With `accumulate` false the sums start anew.
+  __device__ __forceinline__ static void issue(float (&sums)[C::kSums], const uint32_t (&a)[4], uint64_t b,
+                                               bool accumulate) {
+    const uint64_t descriptor[1] = {b};
+    const cute::SM90::GMMA::ScaleOut scale[1] = {accumulate ? cute::SM90::GMMA::ScaleOut::One
+                                                            : cute::SM90::GMMA::ScaleOut::Zero};
+    cute::detail::explode(C::Atom::fma, a, cute::make_int_sequence<4>{}, descriptor, cute::make_int_sequence<1>{}, sums,
+                          cute::make_int_sequence<C::kSums>{}, scale, cute::seq<0>{});
+  }
+
+  __device__ __forceinline__ static void repeat(uint32_t pair, uint32_t (&twice)[2]) {
+    twice[0] = __byte_perm(pair, 0, 0x1010);
+    twice[1] = __byte_perm(pair, 0, 0x3232);
+  }
+
+  // `slab0`: the warpgroup's first slab in the CTA.
+  __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
+                                                RingPosition& at, Sums& sums) const {
+    // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
+    const uint32_t codes_at =
+        p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
+    constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
+    const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
+    const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
+    const int group_shift = 31 - __clz(p.group_steps);
+    const Release release = release_of(lane);
+    const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
+    const uint32_t ring = shared + p.ring_at;
+    uint32_t stage = ring + at.stage * p.stage_bytes;
+    uint4 w;                       // codes of the block that is decoded
+    uint32_t pair, second_pair;  // its scales, and zeros or what the scales lack
+    Scale scale;
+    uint32_t a[2][2][4];  // operands of the two halves of a block
+    // A chunk is walked slab by slab; `step` counts the k16 steps of a slab's chunk.
+    const auto fetch_scale = [&](int r, int step) __attribute__((always_inline)) {
+      const uint32_t from = stage + scales_at + r * slab_scales + (step >> group_shift) * kGroupBytes;
+      pair = load_shared_4(from);
+      second_pair = load_shared_4(from + p.resolved_bytes);
+      if constexpr (!Codes::kTable) {
+        if (Codes::kFine && p.has_rest) {
+          repeat(load_shared_4(from + 2 * p.resolved_bytes), scale.zero_rest);
+          repeat(load_shared_4(from + 3 * p.resolved_bytes), scale.scale_rest);
+        }
+      }
+    };
+    const auto fetch = [&](int r, int block) __attribute__((always_inline)) {
+      w = load_shared_16(stage + codes_at + (r * C::kBlocks + block) * kBlockBytes);
+      fetch_scale(r, block * layout::kSteps);
+    };
+    const auto take_scale = [&]() __attribute__((always_inline)) {
+      repeat(pair, scale.scale);
+      if constexpr (Codes::kTable) {
+        repeat(second_pair, scale.scale_rest);
+      } else {
+        repeat(second_pair, scale.zero);
+      }
+    };
+    const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
+      if (Codes::kFine && step % layout::kSteps != 0 && (step & (p.group_steps - 1)) == 0) {  // groups of 16 and 32
+        fetch_scale(r, step);
+        take_scale();
+      }
+      Codes::decode(word, table, scale, p.has_rest, to);
+    };
+    const auto decode = [&](int r, int block, int half) __attribute__((always_inline)) {
+      if (half == 0) take_scale();
+      const int step = block * layout::kSteps + 2 * half;
+      decode_step(r, step, half == 0 ? w.x : w.z, a[half][0]);
+      decode_step(r, step + 1, half == 0 ? w.y : w.w, a[half][1]);
+    };
+
+    wait(barriers + at.stage * 8, at.phase);
+    fetch(0, 0);
+    decode(0, 0, 0);
+    int left = chunks;  // at least one
+    bool first = true;
+#pragma unroll 1
+    do {
+      const cute::GmmaDescriptor x = descriptor(stage);
+      const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
+#pragma unroll
+      for (int half_block = 0; half_block < 2 * C::kBlocks * C::kRowTiles; ++half_block) {
+        const int half = half_block % 2;
+        const int block = half_block / 2 % C::kBlocks;
+        const int r = half_block / 2 / C::kBlocks;
+        cute::warpgroup_arrive();
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          cute::GmmaDescriptor b = x;
+          b.reg32_[0] += block * C::kTokens * kXRowBytes / 16 + (2 * half + step) * (layout::kStepK * 2 / 16);
+          issue(sums.v[r], a[half][step], b.desc_, !first || block > 0 || half > 0 || step > 0);
+        }
+        cute::warpgroup_commit_batch();
+        if (half_block + 1 < 2 * C::kBlocks * C::kRowTiles) {
+          const int next_r = (half_block + 1) / 2 / C::kBlocks, next_block = (half_block + 1) / 2 % C::kBlocks;
+          if (half == 1) fetch(next_r, next_block);
+          cute::warpgroup_wait<1>();
+          if (half_block == 0 && !first) release(stage_before);
+          decode(next_r, next_block, 1 - half);
+        }
+      }
+      at.advance(p.stages);
+      stage = at.stage == 0 ? ring : stage + p.stage_bytes;
+      const bool more = left > 1;
+      if (more) {
+        wait(barriers + at.stage * 8, at.phase);
+        fetch(0, 0);
+      }
+      cute::warpgroup_wait<1>();
+      if (more) decode(0, 0, 0);
+      first = false;
+    } while (--left > 0);
+    cute::warpgroup_wait<0>();
+    release(at.stage == 0 ? p.stages - 1 : at.stage - 1);
+  }
+
+  // ---- sums
+
+  __device__ __forceinline__ static float4 load_remote_float4(uint32_t address, int rank) {
+    float4 v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 from;\n"
+        "mapa.shared::cluster.u32 from, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [from];\n"
+        "}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return v;
+  }
+
+  // A CTA of a part of K stores every cluster_k-th 16 tokens.
+  __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster_k == part; }
+
+  // Adds the sums of all parts of K, for the tokens that this CTA stores. They lie in the ring, as lanes hold them.
+  __device__ __forceinline__ void add_parts(int warpgroup, Sums& sums) const {
+    constexpr int kQuads = C::kSums / 4;  // of 8 tokens
+    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
+    sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
+    const uint32_t mine =
+        shared + p.ring_at + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const float* v = sums.v[r] + 4 * q;
+        store_shared_16(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+                        make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                                   __float_as_uint(v[3])));
+      }
+    cluster_sync();
+#pragma unroll 1
+    for (int source = 0; source < p.cluster_k; ++source) {
+      if (source == part) continue;
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          if (!stores(q / 2)) continue;
+          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+                                              source * p.cluster_n + rank_n);
+          float* to = sums.v[r] + 4 * q;
+          to[0] += v.x;
+          to[1] += v.y;
+          to[2] += v.z;
+          to[3] += v.w;
+        }
+    }
+    cute::tma_store_fence();  // the next copies into the ring come from another proxy
+    cute::cluster_arrive();
+  }
+
+  __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
+    if (p.cluster_k > 1) add_parts(warpgroup, sums);
+    float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
+    if constexpr (Codes::kTable) factor *= load_shared_float(shared + p.codebook_at + 2 * kCodebookSize);
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
+    const int first_token = tile.token * C::kTokens;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      const int slab_row = (first_slab(tile) + warpgroup * C::kRowTiles + r) * layout::kBlockRows;
+      const int row = slab_row + warp * layout::kAtomRows + (lane >> 2);
+      float bias[2] = {};
+      if (p.bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (row + 8 * i < p.n) bias[i] = float(static_cast<const T*>(p.bias)[row + 8 * i]);
+        }
+      }
+#pragma unroll
+      for (int first_unit = 0; first_unit < C::kTokens / kUnitTokens; first_unit += C::kOutputTokens / kUnitTokens) {
+        if (first_token + first_unit * kUnitTokens >= p.m) break;
+#pragma unroll
+        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
+          if (!stores(first_unit + u)) continue;
+          const float* v = sums.v[r] + 8 * (first_unit + u);
+          uint32_t pairs[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            pairs[i] = as_bits(Pair<T>::of(v[2 * i] * factor + bias[i & 1], v[2 * i + 1] * factor + bias[i & 1]));
+          }
+          // Matrix lane / 8 has 8 tokens of the rows g (even) or g + 8.
+          const int token = u * kUnitTokens + (lane >> 4) * 8 + (lane & 7);
+          const int piece = 2 * warp + (lane >> 3 & 1);
+          cute::SM90_U16x8_STSM_T::copy(
+              pairs[0], pairs[1], pairs[2], pairs[3],
+              *reinterpret_cast<cute::uint128_t*>(output + token * kXRowBytes + (piece ^ (token & 7)) * 16));
+        }
+        sync_warps(1 + warpgroup, kWarpgroupThreads);
+#pragma unroll 1
+        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
+          const int token = u * kUnitTokens + thread / 8;
+          const int piece = thread % 8;
+          const int y_token = first_token + first_unit * kUnitTokens + token;
+          if (!stores(first_unit + u) || y_token >= p.m) continue;
+          store_piece(y_token, slab_row + piece * 8,
+                      load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes +
+                                     (piece ^ (token & 7)) * 16));
+        }
+        sync_warps(1 + warpgroup, kWarpgroupThreads);
+      }
+    }
+    if (p.cluster_k > 1) cute::cluster_wait();  // everyone has read this CTA's sums
+  }
+
+  // Eight rows of a token.
+  __device__ __forceinline__ void store_piece(int token, int row, uint4 v) const {
+    uint16_t* y = static_cast<uint16_t*>(p.y) + token * p.ldy + row;
+    if (p.y_vector) {
+      if (row < p.n) *reinterpret_cast<uint4*>(y) = v;
+      return;
+    }
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (row + i < p.n) y[i] = uint16_t(words[i / 2] >> 16 * (i % 2));
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) wgmma_kernel(const __grid_constant__ Arguments arguments) {
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+  extern __shared__ __align__(kSharedAlignment) uint8_t shared[];
+  Kernel<C>(arguments, shared).run();
+#endif
+}
+
+}  // namespace cutlass_ext::cuda::wgmma

@@ -1,0 +1,197 @@
+#include "kernels/cuda/wgmma/plan.hpp"
+
+#include <algorithm>
+
+#include "kernels/decode.hpp"
+
+namespace cutlass_ext::cuda::wgmma {
+namespace {
+
+constexpr uint32_t kCodebookBytes = 3 * kCodebookSize;  // low bytes, high bytes, what undoes the factor
+
+constexpr uint32_t align(uint32_t at, uint32_t to) { return (at + to - 1) / to * to; }
+
+int log2_of(int64_t power) {
+  int log = 0;
+  while ((int64_t{1} << log) < power) ++log;
+  return log;
+}
+
+// What a launch takes beyond a constant, in ns.
+double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device,
+               const Params& p) {
+  constexpr double kClock = 1.65;        // GHz under load
+  constexpr double kMemoryRate = 4200;   // bytes per ns
+  constexpr double kSharedRate = 5500;   // the same from L2, all SMs
+  constexpr double kCtaRate = 60;        // of one SM
+  constexpr double kDecode = 110, kTableDecode = 190;  // issue slots of a slab's block
+  constexpr double kBlock = 60;          // clocks of a block that nothing hides
+  constexpr double kTile = 900;          // of a tile: fill, output
+  constexpr double kSums[] = {0, 700, 1100, 1700};  // parts of K: 1, 2, 4, 8
+  const double blocks = kernel.blocks * (p.part_chunks + (p.part_rest > 0 ? 1 : 0));
+  const double tensor = p.slabs_per_cta * 2.0 * kernel.tokens / 0.93;
+  const double issue = p.slabs_per_cta * (kernel.table ? kTableDecode : kDecode);
+  const double x_bytes = kernel.tokens * 128.0;
+  const double weight_bytes =
+      p.slabs_per_cta * (2048.0 + (p.group_scale_bytes + p.group_zero_bytes) / double(kernel.blocks));
+  const double ctas = std::min<double>(p.clusters, double(p.row_tiles) * p.token_tiles) * p.cluster_n * p.cluster_k;
+  const double from_l2 = ctas * (x_bytes / p.cluster_n + weight_bytes) / kSharedRate;
+  const double block = std::max({tensor / kClock, issue / kClock, from_l2, (x_bytes + weight_bytes) / kCtaRate});
+  const double tiles = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
+  const double memory = double(problem.weight.n) * problem.weight.k * 0.53 / kMemoryRate;
+  const double loop = tiles * blocks * (block + kBlock / kClock / p.slabs_per_cta);
+  (void)device;
+  return std::max(loop, memory) + 0.15 * std::min(loop, memory) + tiles * kTile + kSums[log2_of(p.cluster_k)] +
+         (p.cluster_n > 1 ? 200 : 0);
+}
+
+}  // namespace
+
+bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device,
+                const Split& split, Params* params, Plan* plan) {
+  const Weight& w = problem.weight;
+  Params& p = *params;
+  const int cluster = split.cluster_n * split.cluster_k;
+  const int chunks = static_cast<int>(layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks));
+  if (split.warpgroups > kernel.warpgroups || split.cluster_k > chunks || cluster > kMaxCluster) return false;
+  if (device.active_clusters(cluster) == 0) return false;
+  p.cluster_n = split.cluster_n;
+  p.cluster_k = split.cluster_k;
+  p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
+  p.slabs = static_cast<int32_t>(layout::slabs(w.n));
+  p.part_chunks = chunks / split.cluster_k;
+  p.part_rest = chunks % split.cluster_k;
+  p.row_tiles = static_cast<int32_t>(layout::ceil_div(p.slabs, p.slabs_per_cta * split.cluster_n));
+  p.token_tiles = static_cast<int32_t>(layout::ceil_div(problem.m, kernel.tokens));
+  const int64_t tiles = int64_t{p.row_tiles} * p.token_tiles;
+  if (tiles > INT32_MAX) return false;
+  p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(cluster)));
+  p.scale_bytes = size_of(w.scale_type);
+  p.zero_bytes = zero_size(w.zero_type, w.scale_type);
+  const bool one_group = w.group_size >= w.k;
+  const int64_t chunk_k = kernel.blocks * layout::kBlockK;
+  p.groups_in_chunk = one_group || w.group_size >= chunk_k ? 1 : static_cast<int32_t>(chunk_k / w.group_size);
+  p.group_steps = static_cast<int32_t>(chunk_k) / layout::kStepK / p.groups_in_chunk;
+  p.group_shift = one_group ? 31 : w.group_size <= chunk_k ? 0 : log2_of(w.group_size / chunk_k);
+  if (kernel.fine != (p.groups_in_chunk > kernel.blocks || w.zero_type != ZeroType::kNone)) return false;
+  const int group_values = p.groups_in_chunk * layout::kBlockRows;
+  p.group_scale_bytes = static_cast<uint32_t>(group_values * p.scale_bytes);
+  p.group_zero_bytes = static_cast<uint32_t>(group_values * p.zero_bytes);
+  p.group_scale_pieces = static_cast<int32_t>(p.group_scale_bytes) / kPieceBytes;
+  p.group_zero_pieces = static_cast<int32_t>(p.group_zero_bytes) / kPieceBytes;
+  p.has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
+  // A stage.
+  const uint32_t x_bytes = static_cast<uint32_t>(kernel.blocks * kernel.tokens * layout::kBlockK * 2);
+  p.codes_at = x_bytes;
+  p.scales_at = p.codes_at + p.slabs_per_cta * kernel.blocks * layout::block_bytes(4);
+  p.zeros_at = p.scales_at + p.slabs_per_cta * p.group_scale_bytes;
+  p.copy_bytes = p.resolved_at = p.zeros_at + p.slabs_per_cta * p.group_zero_bytes;
+  p.resolved_bytes = static_cast<uint32_t>(p.slabs_per_cta * group_values * 2);
+  const int kinds = !kernel.table && p.has_rest ? 4 : 2;
+  p.stage_bytes = align(p.resolved_at + kinds * p.resolved_bytes, kSharedAlignment);
+  // What lies behind the ring.
+  const uint32_t output_bytes = static_cast<uint32_t>(split.warpgroups * kernel.output_tokens * layout::kBlockRows * 2);
+  const uint32_t map_bytes = w.scale_type == ScaleType::kNested ? kNestedMapSize * 4 : 0;
+  const uint32_t barrier_bytes = kMaxStages * 3 * 8;
+  const uint32_t rest = output_bytes + kCodebookBytes + map_bytes + barrier_bytes;
+  p.ring_at = kernel.pair_table ? kPairTableBytes : 0;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - p.ring_at;
+  if (limit < rest + 2 * p.stage_bytes) return false;
+  p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
+  uint32_t at = p.ring_at + p.stages * p.stage_bytes;
+  // Parts of K leave their sums in the ring.
+  if (split.cluster_k > 1) at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
+  p.output_at = at = align(at, 128);
+  at += output_bytes;
+  p.codebook_at = at;
+  at += kCodebookBytes;
+  p.nested_map_at = at;
+  at += map_bytes;
+  p.barriers_at = at;
+  at += barrier_bytes;
+  if (at > static_cast<uint32_t>(device.shared_bytes)) return false;
+  plan->split = split;
+  plan->clusters = p.clusters;
+  plan->threads = (split.warpgroups + 1) * kWarpgroupThreads;
+  plan->shared_bytes = static_cast<int>(at);
+  plan->box_tokens = kernel.tokens / split.cluster_n;
+  plan->chunk_blocks = kernel.blocks;
+  return true;
+}
+
+namespace {
+
+const Compiled* search(const GemmProblem& problem, const Candidates& candidates, const DeviceProperties& device,
+                       Params* params, Plan* plan) {
+  const Compiled* best = nullptr;
+  double best_cost = 0;
+  const Params start = *params;
+  for (int i = 0; i < candidates.count; ++i) {
+    const Compiled& kernel = candidates.kernels[i];
+    for (int warpgroups = 1; warpgroups <= kernel.traits.warpgroups; ++warpgroups) {
+      for (int cluster_n = 1; cluster_n <= 2; cluster_n *= 2) {
+        for (int cluster_k = 1; cluster_n * cluster_k <= 8; cluster_k *= 2) {
+          Params p = start;
+          Plan candidate;
+          if (!plan_split(problem, kernel.traits, device, {warpgroups, cluster_n, cluster_k}, &p, &candidate)) continue;
+          const double cost = cost_of(problem, kernel.traits, device, p);
+          if (best != nullptr && cost >= best_cost) continue;
+          best = &kernel;
+          best_cost = cost;
+          *params = p;
+          *plan = candidate;
+        }
+      }
+    }
+  }
+  return best;
+}
+
+// What a choice depends on, and the choice: the calling thread keeps its last ones.
+struct Choice {
+  const DeviceProperties* device = nullptr;
+  const void* function;  // of the first candidate
+  int64_t n, k, m, group_size;
+  ScaleType scale_type;
+  ZeroType zero_type;
+  int kernel;
+  Split split;
+
+  bool suits(const GemmProblem& problem, const Candidates& candidates, const DeviceProperties& on) const {
+    const Weight& w = problem.weight;
+    return device == &on && function == candidates.kernels[0].function && n == w.n && k == w.k && m == problem.m &&
+           group_size == w.group_size && scale_type == w.scale_type && zero_type == w.zero_type;
+  }
+};
+
+constexpr int kChoices = 256;
+
+Choice& choice_for(const GemmProblem& problem) {
+  thread_local Choice choices[kChoices];
+  const uint64_t hash = (static_cast<uint64_t>(problem.weight.n) * 31 + static_cast<uint64_t>(problem.weight.k)) * 61 +
+                        static_cast<uint64_t>(problem.m);
+  return choices[hash * 0x9E3779B97F4A7C15u >> 56];
+}
+
+}  // namespace
+
+const Compiled* choose_plan(const GemmProblem& problem, const Candidates& candidates, const DeviceProperties& device,
+                            Params* params, Plan* plan) {
+  const Weight& w = problem.weight;
+  Choice& choice = choice_for(problem);
+  if (choice.suits(problem, candidates, device)) {
+    const Compiled* kernel = &candidates.kernels[choice.kernel];
+    return plan_split(problem, kernel->traits, device, choice.split, params, plan) ? kernel : nullptr;
+  }
+  const Compiled* kernel = search(problem, candidates, device, params, plan);
+  if (kernel != nullptr) {
+    choice = {&device,      candidates.kernels[0].function,
+              w.n,          w.k,
+              problem.m,    w.group_size,
+              w.scale_type, w.zero_type,
+              static_cast<int>(kernel - candidates.kernels), plan->split};
+  }
+  return kernel;
+}
+
+}  // namespace cutlass_ext::cuda::wgmma
