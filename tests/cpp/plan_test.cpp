@@ -112,14 +112,16 @@ void check_device(const DeviceProperties& device) {
               const int tiles = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 4;
               const int groups = group >= k || group >= 64 ? 1 : static_cast<int>(64 / group);
               const bool zeros = w.zero_type != ZeroType::kNone;
-              const bool resolves = groups > 1 || scale == ScaleType::kE4M4 || zeros;
+              const bool nested = codebook && groups == 1 && scale == ScaleType::kNested;
+              const bool resolves =
+                  groups > 1 || scale == ScaleType::kE4M4 || zeros || (scale == ScaleType::kNested && !nested);
               const int scale_bytes = (resolves ? 4 : size_of(scale)) * (zeros ? 2 : 1);
               // Functions of the kernels, told apart by address.
               static const char functions[2][4][2][3][5] = {};
               Candidates candidates;
               for (const int atoms : {4, 2, 1}) {
                 if ((groups > 1 && atoms != 2) || (tiles == 4 && atoms == 1)) continue;
-                if (atoms == 4 && codebook && (resolves || scale == ScaleType::kNested)) continue;
+                if (atoms == 4 && codebook && (resolves || (nested && tiles == 1))) continue;
                 candidates.add({&functions[codebook][groups - 1][resolves][tiles / 2][atoms],
                                 traits(atoms, tiles, groups, codebook, resolves, scale_bytes)});
               }

@@ -316,15 +316,18 @@ class Kernel {
         from += uint64_t(p.ldx) * 4;
       }
     } else {
-      uint4 v[C::kTokens / 4];
+      constexpr int kAtOnce = 2;
+#pragma unroll 1
+      for (int token = first; token < p.m; token += 4 * kAtOnce, to += 4 * kAtOnce * kBlockXPitch) {
+        uint4 v[kAtOnce];
 #pragma unroll
-      for (int token = 0; token < C::kTokens; token += 4) {
-        if (first + token < p.m) v[token / 4] = load_x(from, k);
-        from += uint64_t(p.ldx) * 4;
-      }
+        for (int i = 0; i < kAtOnce; ++i, from += uint64_t(p.ldx) * 4) {
+          if (token + 4 * i < p.m) v[i] = load_x(from, k);
+        }
 #pragma unroll
-      for (int token = 0; token < C::kTokens; token += 4) {
-        if (first + token < p.m) store_shared_16(to + token * kBlockXPitch, v[token / 4]);
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (token + 4 * i < p.m) store_shared_16(to + 4 * i * kBlockXPitch, v[i]);
+        }
       }
     }
   }

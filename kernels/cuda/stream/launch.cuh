@@ -21,10 +21,11 @@ constexpr int kMaxTokens = 32;  // of a launch
 
 template <class Codes, int kTokenTiles, ScaleSource kScales>
 void add_atoms(Candidates* to) {
-  // Where lookups and decoding scales come together four atoms have no registers, and were no faster (nested nf4, M =
-  // 1: 14.6 us with four, 14.2 with two at 8192 x 8192; H200, 2026-11-21).
-  constexpr bool kDecoded = kScales == ScaleSource::kNested || kScales == ScaleSource::kResolved;
-  if constexpr (!(Codes::kTable && kDecoded)) to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
+  // Lookups and decoded scales together: 128 registers do not hold four atoms' (nested nf4, M = 1: 14.6 us with
+  // four, 14.2 with two at 8192 x 8192; H200, 2026-11-21).
+  constexpr bool kTooLarge =
+      Codes::kTable && (kScales == ScaleSource::kResolved || (kScales == ScaleSource::kNested && kTokenTiles == 1));
+  if constexpr (!kTooLarge) to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
   to->add(compiled<Config<Codes, 2, kTokenTiles, 1, kScales>>());
   // One atom a warp, for small weights: more than 16 tokens are compute-bound with it.
   if constexpr (kTokenTiles <= 2) to->add(compiled<Config<Codes, 1, kTokenTiles, 1, kScales>>());
@@ -48,10 +49,10 @@ Candidates candidates_for(const Weight& w) {
     add_atoms<Codes, kTokenTiles, ScaleSource::kFp32>(&found);
   } else if (w.zero_type == ZeroType::kNone && w.scale_type == own_scale<Codes>()) {
     add_atoms<Codes, kTokenTiles, ScaleSource::k16Bit>(&found);
-  } else if (w.zero_type == ZeroType::kNone && w.scale_type == ScaleType::kNested) {
-    add_atoms<Codes, kTokenTiles, ScaleSource::kNested>(&found);
-  } else if (w.scale_type == own_scale<Codes>()) {
-    add_atoms<Codes, kTokenTiles, ScaleSource::k16BitZeros>(&found);
+  } else if (Codes::kTable && w.zero_type == ZeroType::kNone && w.scale_type == ScaleType::kNested) {
+    if constexpr (Codes::kTable) add_atoms<Codes, kTokenTiles, ScaleSource::kNested>(&found);
+  } else if (!Codes::kTable && w.scale_type == own_scale<Codes>()) {
+    if constexpr (!Codes::kTable) add_atoms<Codes, kTokenTiles, ScaleSource::k16BitZeros>(&found);
   } else {
     add_atoms<Codes, kTokenTiles, ScaleSource::kResolved>(&found);
   }

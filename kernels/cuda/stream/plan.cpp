@@ -13,20 +13,20 @@ int log2_of(int64_t power) {
   return log;
 }
 
-// What a launch takes beyond a constant, in ns: reading the weights, and a share of what that does not hide. Fitted to
-// 13,800 measured launches of ten shapes (int4, uint4, nf4 and nested nf4, bf16, M = 1..32; H200, 2026-11-21): the
-// split it prefers is on average 0.5% slower than the best one measured.
+// What a launch takes beyond a constant, in ns: reading the weights, x, and the instructions that this does not hide.
+// Fitted to 13,800 measured launches of ten shapes (int4, uint4, nf4 and nested nf4, bf16, M = 1..32; H200,
+// 2026-11-21): the split it prefers among those that `search` considers is on average 0.3% slower than the best one
+// measured, at worst 13% (2048 x 2048, M = 32).
 double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device, const Params& p,
                const Plan& plan) {
-  constexpr double kMemoryRate = 37;  // bytes per ns and SM, all SMs reading weights
-  constexpr double kCtaRate = 43;     // the same of a CTA on its own
-  constexpr double kXRate = 165;      // x, which comes from L2
-  constexpr double kIssueRate = 7.6;  // instructions per ns of an SM
-  constexpr double kIssueShare = 0.64;
-  constexpr double kWarps = 11.5;                      // that it takes to issue at this rate
-  constexpr double kCluster[] = {0, 770, 1080, 1500};  // of 1, 2, 4, 8 CTAs
-  constexpr double kPass = 1950;
-  constexpr double kRowWarp = 170;
+  constexpr double kMemoryRate = 34;                  // bytes per ns and SM, all SMs reading weights
+  constexpr double kCtaRate = 42;                     // the same of a CTA on its own
+  constexpr double kXRate = 220;                      // x, which comes from L2
+  constexpr double kIssueRate = 9.5;                  // instructions per ns of an SM
+  constexpr double kWarps = 9;                        // that it takes to issue at this rate
+  constexpr double kCluster[] = {0, 690, 700, 2300};  // of 1, 2, 4, 8 CTAs
+  constexpr double kPass = 2750;
+  constexpr double kRowWarp = 230;
   const Split& split = plan.split;
   const int atoms = kernel.rows / layout::kAtomRows;
   const int warps = split.row_warps * split.k_warps;
@@ -36,11 +36,10 @@ double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const Dev
   const double weight_bytes =
       blocks * split.row_warps * (atoms * layout::atom_bytes(4) + p.group_scale_bytes + p.group_zero_bytes);
   const double x_bytes = 128 * p.m * blocks * (p.x_resident ? 1 / passes : split.row_warps);
-  const double atom_instructions = 39 + 11.5 * kernel.token_tiles + (kernel.pair_table ? 10 : 0);
-  const double instructions = blocks * split.row_warps * (70 + 4 * kernel.token_tiles + atoms * atom_instructions);
+  const double instructions = blocks * split.row_warps * (57 + atoms * (kernel.pair_table ? 118 : 52));
   const double memory = ctas * weight_bytes / (kMemoryRate * device.sms);
   return std::max(memory, passes * weight_bytes / kCtaRate) + ctas * x_bytes / (kXRate * device.sms) +
-         kIssueShare * passes * instructions / (kIssueRate * std::min(1.0, warps / kWarps)) + kPass * (passes - 1) +
+         passes * instructions / (kIssueRate * std::min(1.0, warps / kWarps)) + kPass * (passes - 1) +
          kRowWarp * split.row_warps + kCluster[log2_of(split.cluster)];
 }
 
@@ -118,8 +117,8 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
 
 namespace {
 
-// Over splits with as many warps along K as there are, or as K has blocks for, and with the power of two below;
-// `fewer` divides them, for devices whose shared memory does not hold the rings of so many.
+// Over splits with a power of two of warps along K: as many as there are and K has blocks for, and half of that (others
+// were never faster); `fewer` divides them, for devices whose shared memory does not hold the rings of so many.
 const Compiled* search(const GemmProblem& problem, int tokens, const Candidates& candidates,
                        const DeviceProperties& device, int fewer, Params* params, Plan* plan) {
   const Compiled* best = nullptr;
@@ -129,7 +128,7 @@ const Compiled* search(const GemmProblem& problem, int tokens, const Candidates&
   const auto consider = [&](const Compiled& kernel, const Split& split) {
     Params p = start;
     Plan candidate;
-    if (split.k_warps == 0 || !plan_split(problem, tokens, kernel.traits, device, split, &p, &candidate)) return;
+    if (!plan_split(problem, tokens, kernel.traits, device, split, &p, &candidate)) return;
     const double cost = cost_of(problem, kernel.traits, device, p, candidate);
     if (best != nullptr && cost >= best_cost) return;
     best = &kernel;
@@ -142,8 +141,11 @@ const Compiled* search(const GemmProblem& problem, int tokens, const Candidates&
     for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
       for (int row_warps = 1; row_warps <= kernel.traits.warps; ++row_warps) {
         const int most = std::min(kernel.traits.warps / row_warps, blocks / cluster) / fewer;
-        consider(kernel, {cluster, row_warps, most});
-        consider(kernel, {cluster, row_warps, most > 1 ? 1 << (log2_of(most) - 1) : 0});
+        if (most == 0) continue;
+        int k_warps = 1;
+        while (2 * k_warps <= most) k_warps *= 2;
+        consider(kernel, {cluster, row_warps, k_warps});
+        if (k_warps > 1) consider(kernel, {cluster, row_warps, k_warps / 2});
       }
     }
   }

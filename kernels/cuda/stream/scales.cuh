@@ -111,17 +111,20 @@ class Scales {
     }
   }
 
-  // The scales of one group of a lane, as they are stored: decoding them when they are used saves registers.
+  // The scales of one group of a lane. Those of 16 bits are converted when they are used, which saves registers.
   struct Group {
     static constexpr bool k16 = C::kScales == ScaleSource::k16Bit || C::kScales == ScaleSource::k16BitZeros;
-    static constexpr int kWords = kNestedDirect ? (kRows + 3) / 4 : k16 ? C::kAtoms : kRows;
+    static constexpr int kWords = k16 ? C::kAtoms : kRows;
     uint32_t words[kWords];
   };
 
   __device__ __forceinline__ Group load(uint32_t raw, int group) const {
     Group loaded;
     if constexpr (kNestedDirect) {
-      load_bytes(raw + C::kScalesAt + position, loaded.words);
+      uint32_t codes[(kRows + 3) / 4];
+      load_bytes(raw + C::kScalesAt + position, codes);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) loaded.words[i] = __float_as_uint(nested_scale(codes[i / 4], i));
     } else {
       const int at = group * layout::kBlockRows + position;
       const uint32_t from = kResolve ? resolved + at * 4 : raw + C::kScalesAt + at * (Group::k16 ? 2 : 4);
@@ -133,9 +136,7 @@ class Scales {
   // Of an atom's rows g and g + 8.
   __device__ __forceinline__ float2 scale_of(const Group& group, int atom) const {
     float2 pair;
-    if constexpr (kNestedDirect) {
-      pair = {nested_scale(group, 2 * atom), nested_scale(group, 2 * atom + 1)};
-    } else if constexpr (Group::k16) {
+    if constexpr (Group::k16) {
       pair = unpack_pair<T>(group.words[atom]);
     } else {
       pair = {__uint_as_float(group.words[2 * atom]), __uint_as_float(group.words[2 * atom + 1])};
@@ -194,9 +195,9 @@ class Scales {
   int pair_at[2];  // index of pair_absmax[]
   float pair_absmax[2];
 
-  __device__ __forceinline__ float nested_scale(const Group& group, int row) const {
+  // Of the lane's row `row`, whose code is byte `row` % 4.
+  __device__ __forceinline__ float nested_scale(uint32_t word, int row) const {
     const int shift = kLogMapEntryBytes - 8 * (row % 4);  // the code to the place of an entry's address
-    const uint32_t word = group.words[row / 4];
     const uint32_t entry = (shift > 0 ? word << shift : word >> -shift) & 255 * kMapEntryBytes;
     const float value = load_shared_float((entry | nested_lane) + C::kMapAt);
     return fmaf(value, nested_absmax[row], nested_offset);
