@@ -44,7 +44,6 @@ struct Params {
   int32_t scale_bytes, zero_bytes;  // of one; 0: none
   int32_t bias_of_codes;            // integers: value = code - bias_of_codes - zero
   float codebook[kCodebookSize];    // where codebook_data is nullptr
-  float codebook_factor;            // of the same: stream/codebook_factor.hpp
   const float* codebook_data;
   const float* nested_map;
   const float* nested_absmax;
