@@ -4,7 +4,7 @@
 // Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage is
 //          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
 //          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
-// Scales   Three more warps take turns at the stages to make scales of any type what decode multiplies with.
+// Scales   Three more warps make scales of any type what decode multiplies with.
 // Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the step
 //          before run: two sets of registers, and one group of MMAs always in flight.
 // Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
@@ -228,7 +228,7 @@ class Kernel {
     const int ahead = min(p.stages, chunks);
     for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
     for (int i = 0; i < p.stages; ++i) {
-      Barrier::init(resolved + i, 1);
+      Barrier::init(resolved + i, kResolveWarps);
       Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
     }
     cutlass::arch::fence_barrier_init();
@@ -256,12 +256,12 @@ class Kernel {
     }
   }
 
-  // Takes part in the barriers of add_parts.
+  // Takes part in the barriers of add_parts and finish_tile.
   __device__ __forceinline__ void skip_sums() const {
     __syncwarp();
     if (p.cluster_k > 1) {
-      cluster_sync();
-      cluster_sync();
+      cluster_wait_for_all();
+      cluster_wait_for_all();
     }
   }
 
@@ -301,8 +301,8 @@ class Kernel {
 
   // ---- scales
 
-  // One of kResolveWarps warps, which take turns at the stages.
-  __device__ __forceinline__ void resolve(int turn) {
+  // One of kResolveWarps warps, which share the groups of a stage.
+  __device__ __forceinline__ void resolve(int share) {
     const int lane = threadIdx.x % 32;
     const ScaleResolver<Codes> resolver(p, shared, lane);
     const int groups = p.slabs_per_cta * p.groups_in_chunk;
@@ -312,25 +312,18 @@ class Kernel {
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const Tile tile = tile_at(index);
       for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
-        if (turn != 0) {
-          // A phase that was not waited for could be taken for the next one: their parities are the same.
-          Barrier::wait(full + at.stage, at.phase);
-          --turn;
-          continue;
-        }
-        turn = kResolveWarps - 1;
         typename ScaleResolver<Codes>::SecondLevel second{};
         const auto load_second_level = [&](int i) {
-          if (nested) {
+          if (nested && i < groups) {
             second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), chunk0 + chunk,
                                                 i & (p.groups_in_chunk - 1));
           }
         };
-        load_second_level(0);
+        load_second_level(share);
         Barrier::wait(full + at.stage, at.phase);
-        for (int i = 0; i < groups; ++i) {
+        for (int i = share; i < groups; i += kResolveWarps) {
           const auto current = second;
-          if (i + 1 < groups) load_second_level(i + 1);
+          load_second_level(i + kResolveWarps);
           resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, i, current);
         }
         __syncwarp();
@@ -574,7 +567,8 @@ class Kernel {
                         make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                                    __float_as_uint(v[3])));
       }
-    cluster_sync();
+    cute::cluster_arrive();
+    cute::cluster_wait();
 #pragma unroll 1
     for (int source = 0; source < p.cluster_k; ++source) {
       if (source == part) continue;
@@ -592,8 +586,6 @@ class Kernel {
           to[3] += v.w;
         }
     }
-    cute::tma_store_fence();  // the next copies into the ring come from another proxy
-    cute::cluster_arrive();
   }
 
   __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
@@ -646,7 +638,10 @@ class Kernel {
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
-    if (p.cluster_k > 1) cute::cluster_wait();  // everyone has read this CTA's sums
+    if (p.cluster_k > 1) {  // everyone has read this CTA's sums
+      cute::tma_store_fence();  // the next copies into the ring come from another proxy
+      cluster_wait_for_all();
+    }
   }
 
   // Eight rows of a token.
