@@ -37,6 +37,7 @@ sanitize: $(VENV)/.tools
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/contract_test
 	build/sanitize/plan_test
+	build/sanitize/simt_plan_test
 
 spills: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/check_spills.py

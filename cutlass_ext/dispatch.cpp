@@ -14,7 +14,23 @@ constexpr int64_t kCpuStreamTokens = 20;
 // On a GPU, up to this many tokens a GEMM on the packed weight is taken to be faster than dequantizing it for the
 // caller's dense GEMM.
 constexpr int64_t kCudaStreamTokens = 32;
-constexpr int64_t kCudaSimtTokens = 16;
+
+// The same for simt. Us of simt / of dequant + cuBLAS at M = 1, 4, 8, 16 (H200, cold weights in a CUDA graph, bf16
+// unless said, 2026-11-21):
+//             4096 x 4096                                  1280 x 3420 or 1024 x 4096
+//   kbit2     11.4, 13.8, 20.2, 31.6 / 22.5 .. 21.2        7.9, 8.5, 10.8, 15.2 / 11.7
+//   kbit5     14.3, 17.3, 23.6, 36.8 / 25.1 .. 26.0        9.1, 10.0, 12.5, 16.6 / 12.5
+//   int8      10.4, 15.0, 21.4, 30.0 / 25.1 .. 24.3        6.8, 8.0, 10.0, 14.4 / 15.9 .. 19.7
+//   nf4 with flat scales (K = 4100 and 3420)
+//             98, 99, 176, 311 / 36.5 .. 41.6              45, 45, 83, 141 / 15.3 .. 19.0
+//   the same, fp32
+//             101, 102, 184, 318 / 47 .. 74                45, 45, 84, 147 / 13.8 .. 39.5
+//   nf4, fp32 8.4 (M = 1), 18.7 (8), 27.2 (16) / 43 .. 73
+// Flat scales, which simt decodes for every weight, never pay.
+int64_t cuda_simt_tokens(const GemmProblem& problem) {
+  if (problem.weight.flat_scales) return 0;
+  return problem.dtype == DType::kFp32 ? 16 : 8;
+}
 // With wgmma: stream up to so many tokens, and the dense GEMM from so many.
 constexpr int64_t kCudaStreamTokensBesideWgmma = 16;
 constexpr int64_t kCudaWgmmaTokens = 2048;
@@ -41,7 +57,7 @@ int select_cuda(const GemmProblem& problem, bool dense_fallback) {
     const int wgmma = first_gemm(problem, Family::kWgmma);
     if (wgmma >= 0) return wgmma;
   }
-  const int64_t limit = stream >= 0 ? kCudaStreamTokens : kCudaSimtTokens;
+  const int64_t limit = stream >= 0 ? kCudaStreamTokens : cuda_simt_tokens(problem);
   if (dense_fallback && problem.m > limit) {
     const int dequant = select_dequantize(Device::kCuda);
     if (dequant >= 0) return dequant;

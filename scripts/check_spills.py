@@ -26,8 +26,10 @@ USAGE = re.compile(
     r"Compiling entry function '(\w+)' for '\w+'\n.*Function properties for \w+\n"
     r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
 )
-# simt with tiles of 8 tokens, sm_90a: some bytes around the loop, seen on 2026-11-21 with nvcc 13.0. To be mended where
-# a GPU is at hand to time the change; no other kernel may spill.
+# simt with tiles of 8 tokens, sm_90a: 12 to 56 bytes of what lives around the loop, read once per chunk of x, seen on
+# 2026-11-21 with nvcc 13.0; no other kernel may spill. Tried without ending it: scales multiplied into the weights (32
+# sums fewer), places in the grid read anew behind the loop, __syncwarp between steps, ptxas --register-usage-level. The
+# compiler takes every register for loads ahead in the inner loop, whatever is left free.
 KNOWN = re.compile(r"simt_kernel<.*, 8, ")
 
 

@@ -10,6 +10,8 @@ import ctypes
 import functools
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -31,7 +33,7 @@ from conftest import (
     random_weight,
 )
 
-from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear
+from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear, quantize
 from pyquant.ops import op_arguments
 
 # In the manifest of a build with CUDA, whether or not this machine can run them.
@@ -148,6 +150,33 @@ def test_every_instance_is_available() -> None:
     assert covered - {"dispatch"} == GEMMS.keys()
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    ("name", "k", "families"),
+    [
+        ("nf4", 128, {1: "stream", 32: "stream", 33: "dense"}),
+        ("nf4", 132, {1: "dense", 16: "dense"}),  # flat scales
+        ("kbit3", 128, {1: "simt", 8: "simt", 9: "dense"}),
+        ("kbit3", 132, {1: "dense"}),
+        ("int8", 128, {8: "simt", 9: "dense"}),
+    ],
+)
+def test_dispatch_by_tokens(name: str, k: int, families: dict[int, str], dtype: torch.dtype) -> None:
+    """A caller with a dense GEMM gets it where it was faster when measured, and explain says so. cx_gemm alone runs."""
+    packed, w_exact = on_gpu(quantize(torch.randn(70, k), name))
+    if dtype is torch.float32:  # flat scales as above; all else by simt up to 16
+        families = families if families.get(1) == "dense" else {1: "simt", 16: "simt", 17: "dense"}
+    for m, family in families.items():
+        x = random_x(m, k, dtype)
+        explanation = explain(x, packed)
+        assert explanation.dense == (family == "dense"), (m, explanation)
+        assert explanation.instance.startswith("cuda_dequant" if explanation.dense else f"cuda_{family}_")
+        assert_within_budget(run("dispatch", packed, x), x, w_exact, dense=explanation.dense)
+        y = torch.full((m, 70), torch.nan, dtype=dtype, device="cuda")
+        call_c(packed, x, y, "dispatch")
+        assert_within_budget(y, x, w_exact)
+
+
 @each_case_variant
 @each_dtype
 def test_identity_gives_back_the_weight(variant: Variant, dtype: torch.dtype) -> None:
@@ -261,7 +290,10 @@ def test_nan_and_inf_stay_in_their_row() -> None:
 def test_any_x(name: str, dtype: torch.dtype) -> None:
     """Strided, transposed, expanded, flipped and offset views equal their contiguous copies, bit for bit."""
     k, n = 100, 70
-    packed, w_exact = one_packed(n, k)
+    # A format whose scales are not flat at this K: torch's GEMM, which the dispatch takes for those, gives other bits
+    # for other strides.
+    variant = next(v for v in VARIANTS if not v.format.flat_blocks)
+    packed, w_exact = on_gpu(make_weight(variant, n, k))
     base = random_x(12, 3 * k + 7, dtype)
     if not covers(name, packed, base[:, :k].contiguous()):
         pytest.skip(f"{name} does not cover the problem")
@@ -465,19 +497,79 @@ def test_two_threads_at_once() -> None:
     assert not failures
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two GPUs, torch sees {torch.cuda.device_count()}")
+needs_two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason=f"needs two GPUs, torch sees {torch.cuda.device_count()}"
+)
+
+
+@needs_two_gpus
 def test_two_gpus() -> None:
     """A call runs where x is, whichever device is current; results are the first GPU's."""
     packed, _ = one_packed(520, 1000)
-    for dtype in DTYPES:
-        x = random_x(4, 1000, dtype)
+    there = packed.to("cuda:1")
+    bias = torch.randn(520)
+    for dtype, current in itertools.product(DTYPES, (0, 1)):
+        x, b = random_x(4, 1000, dtype), bias.to("cuda:0", dtype)
         for name in runs(packed, x):
-            expected = run(name, packed, x)
-            y = gemm(x.to("cuda:1"), packed.to("cuda:1"), None, index_of(name))
+            expected = run(name, packed, x, b)
+            with torch.cuda.device(current):
+                y = gemm(x.to("cuda:1"), there, b.to("cuda:1"), index_of(name))
+                assert torch.cuda.current_device() == current
             assert y.device == torch.device("cuda:1")
-            assert torch.equal(y.to("cuda:0"), expected), name
+            assert torch.equal(y.to("cuda:0"), expected), (name, current)
         with pytest.raises(RuntimeError, match=r"gemm: codes: expected a contiguous CUDA:1 tensor of Byte, got CUDA:0"):
             linear(x.to("cuda:1"), packed)
+
+
+@needs_two_gpus
+def test_the_second_gpu_is_the_first_to_run() -> None:
+    """What is kept per device and kernel (allowed shared memory, properties, plans) was never asked of device 0."""
+    script = (
+        "import torch, pyquant\n"
+        "w = pyquant.quantize(torch.randn(520, 1024, device='cuda:1'), 'nf4')\n"
+        "packed = w.pack()\n"
+        "exact = w.dequantize().double()\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    for m in (1, 8, 16, 40):\n"
+        "        x = torch.randn(m, 1024, device='cuda:1').to(dtype)\n"
+        "        y, ref = pyquant.linear(x, packed), x.double() @ exact.T\n"
+        "        assert y.device == x.device and torch.cuda.current_device() == 0\n"
+        "        assert float((y.double() - ref).norm() / ref.norm()) < 1e-2\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+@needs_two_gpus
+def test_two_gpus_from_two_threads() -> None:
+    """Each thread on a device of its own, and both threads on both devices in turns."""
+    problems = []
+    for i, m in enumerate((1, 9, 70, 4)):
+        packed, _ = one_packed(65 + 400 * i, 100 + 640 * i, seed=i)
+        x = random_x(m, packed.k, DTYPES[i % 3])
+        problems += [(name, run(name, packed, x).cpu(), packed, x) for name in runs(packed, x)]
+    placed = [
+        [(name, expected, packed.to(f"cuda:{d}"), x.to(f"cuda:{d}")) for name, expected, packed, x in problems]
+        for d in range(2)
+    ]
+    for d in range(2):
+        torch.cuda.synchronize(d)
+    failures: list[str] = []
+
+    def work(thread: int, alternate: bool) -> None:
+        for i in range(100):
+            device = (thread + i) % 2 if alternate else thread
+            name, expected, packed, x = placed[device][i % len(problems)]
+            y = gemm(x, packed, None, index_of(name))
+            if y.device != x.device or not torch.equal(y.cpu(), expected):
+                failures.append(f"{name} on device {device}")
+
+    for alternate in (False, True):
+        threads = [threading.Thread(target=work, args=(i, alternate)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
 
 
 # ---- memory
@@ -489,7 +581,7 @@ def test_y_is_written_where_nan_stood() -> None:
     x = random_x(8, 1000, torch.float32)
     torch.cuda.synchronize()
     address = poison((8, 520), torch.float32)
-    y = linear(x, packed)
+    y = gemm(x, packed, None, index_of("cuda_simt_fp32"))  # the dispatch may dequantize into a tensor of its own
     assert y.data_ptr() == address
     assert bool(torch.isfinite(y).all())
 

@@ -39,6 +39,16 @@ struct CanonicalTile {
     });
   }
 
+  // The eight bytes of each row that follow a loaded tile, where the row goes on.
+  static __device__ void load_beyond(uint8_t* tile, const uint8_t* codes, CodeRows rows, int64_t slab, int64_t tile_k) {
+    constexpr int kCount = layout::kBlockRows * 8;
+    for (int i = threadIdx.x; i < kCount; i += kTileThreads) {
+      const int row = i / 8, byte = kRowBytes + i % 8;
+      const int64_t n = slab * layout::kBlockRows + row, in_row = tile_k * kRowBytes + byte;
+      if (n < rows.n && in_row < rows.bytes) tile[row * kPitch + byte] = codes[n * rows.bytes + in_row];
+    }
+  }
+
   template <class Access>
   static __device__ void store(const uint8_t* tile, uint8_t* codes, CodeRows rows, int64_t slab, int64_t tile_k) {
     visit<Access>(rows, slab, tile_k, [&](int at, int64_t offset, bool inside) {

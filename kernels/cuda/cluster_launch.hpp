@@ -3,67 +3,70 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-#include <cstdint>
+#include <set>
+#include <utility>
 
 #include "kernels/cuda/device.hpp"
 
 namespace cutlass_ext::cuda {
 
 struct LaunchShape {
-  unsigned blocks;
-  unsigned threads;
+  dim3 blocks;
+  dim3 threads;
   int shared_bytes;
-  int cluster;               // blocks of a cluster; 1: none
+  int cluster;               // blocks of a cluster, along x; 1: none
   bool programmatic_launch;  // the device must have it: sm_90 and up
   void* stream;
 };
 
 // nullptr, or what CUDA reported.
-static inline const char* error_text(cudaError_t error) {
+inline const char* error_text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // not to be found by somebody else's check
   return cudaGetErrorString(error);
 }
 
-// Lets the kernel use all the shared memory that the current device has for a block. Asked for once per device, not in
-// every call.
-template <auto kKernel>
-cudaError_t allow_shared_memory() {
-  static std::atomic<uint64_t> done{0};  // bit i: device i
+// Lets the kernel use all the shared memory that the current device has for a block. Asked of CUDA once per kernel and
+// device, not in every call.
+inline cudaError_t allow_shared_memory(const void* function) {
+  thread_local std::set<std::pair<const void*, int>> allowed;
   int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_properties().shared_bytes);
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (allowed.count({function, device}) != 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device_properties().shared_bytes);
+  if (error == cudaSuccess) allowed.insert({function, device});
   return error;
 }
 
-template <auto kKernel, class Params>
-const char* launch(const LaunchShape& shape, const Params& params) {
-  if (const cudaError_t error = allow_shared_memory<kKernel>(); error != cudaSuccess) return error_text(error);
+// nullptr, or what CUDA reported. `params`: the kernel's one argument.
+inline const char* launch(const void* function, const LaunchShape& shape, const void* params) {
+  if (const cudaError_t error = allow_shared_memory(function)) return error_text(error);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape.blocks);
-  config.blockDim = dim3(shape.threads);
+  config.gridDim = shape.blocks;
+  config.blockDim = shape.threads;
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(shape.stream);
   config.attrs = attributes;
   if (shape.cluster > 1) {
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
   if (shape.programmatic_launch) {
     cudaLaunchAttribute& programmatic = attributes[config.numAttrs++];
     programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     programmatic.val.programmaticStreamSerializationAllowed = 1;
   }
-  return error_text(cudaLaunchKernelEx(&config, kKernel, params));
+  void* arguments[] = {const_cast<void*>(params)};
+  return error_text(cudaLaunchKernelExC(&config, function, arguments));
+}
+
+// The same for a kernel whose type is known.
+template <class Params>
+const char* launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params) {
+  return launch(reinterpret_cast<const void*>(kernel), shape, static_cast<const void*>(&params));
 }
 
 }  // namespace cutlass_ext::cuda

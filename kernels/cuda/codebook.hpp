@@ -19,13 +19,6 @@ struct CodebookParameter {
   }
 
   __device__ float value(int code) const { return own != nullptr ? own[code] : values[code]; }
-
-  // Threads 0 .. 31 of a block fill its table in shared memory; no barrier.
-  template <int kBits>
-  __device__ void copy_to(float* table) const {
-    const int i = threadIdx.x;
-    if (i < 1 << kBits) table[i] = value(i);
-  }
 };
 
 }  // namespace cutlass_ext::cuda

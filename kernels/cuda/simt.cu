@@ -21,9 +21,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSimtWarps * layout::kLanes;
-// Units a warp has requested ahead: at 4 bits 1.2 KB each, so 55 KB of a thread block, of which an SM holds two.
-template <class Codes>
-constexpr int kStages = Codes::kBits == 8 ? 4 : 6;
 constexpr int kLaneRows = 4;  // rows of a unit that a lane works on
 constexpr int kLaneK = 4;     // k of a step that it works on
 constexpr int kQuad = 4;      // lanes with the same rows
@@ -31,31 +28,6 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 static_assert(layout::scale_position(8) == 1 && layout::scale_position(layout::kAtomRows) == 2 &&
                   layout::scale_position(kSimtUnitRows) == kLaneRows,
               "a lane's four scales of a unit stand side by side");
-
-// Offsets of a warp's memory: in a stage, a unit's codes, scales, zeros and second-level absmax as they are stored;
-// behind the stages, scales and zeros as fp32. The values of a group are ordered [g][row g + 8j]: value l belongs to
-// row l / 4 + 8 * (l % 4) of the unit, and a lane's four rows are one 16-byte load.
-struct WarpMemory {
-  int scales, zeros, second;
-  int stage_bytes;
-  int decoded_scales;  // 0: the stage's are fp32
-  int decoded_zeros;   // 0: none
-  int bytes;
-};
-
-WarpMemory warp_memory(const Weight& w, int groups, int stages) {
-  const int values = w.flat_scales ? 0 : groups * kSimtUnitRows;
-  const auto in_pieces = [](int bytes) { return (bytes + 15) / 16 * 16; };
-  WarpMemory at{};
-  at.scales = kSimtUnitAtoms * layout::atom_bytes(w.bits);
-  at.zeros = at.scales + in_pieces(values * size_of(w.scale_type));
-  at.second = at.zeros + in_pieces(values * zero_size(w.zero_type, w.scale_type));
-  at.stage_bytes = at.second + (w.scale_type == ScaleType::kNested ? values * 4 : 0);
-  at.bytes = stages * at.stage_bytes;
-  if (values > 0 && w.scale_type != ScaleType::kFp32) at.decoded_scales = at.bytes, at.bytes += values * 4;
-  if (values > 0 && w.zeros != nullptr) at.decoded_zeros = at.bytes, at.bytes += values * 4;
-  return at;
-}
 
 // How the scales of a 64-k block change: not, every 16 or 32 k, or anywhere.
 enum class Groups { kWhole, kSteps, kFlat };
@@ -75,10 +47,9 @@ struct Params {
   int group_shift;        // group of k = k >> group_shift
   int64_t row_groups;     // of a row of the weight
   int64_t packed_groups;  // of a slab
-  WarpMemory memory;
+  SimtMemory memory;
   SimtPlan plan;
-  int cluster_shift;         // log2(plan.cluster)
-  int warps, map, x_shared;  // offsets in shared memory, behind the table
+  int cluster_shift;  // log2(plan.cluster)
 };
 
 // ---- weights: a ring of units for each warp
@@ -356,7 +327,7 @@ __device__ __forceinline__ void store_output(const Params& p, int64_t token, int
   store_float(p.y, token * p.ldy + n, p.dtype, value);
 }
 
-template <class Codes, int kTokens, Groups kGroups>
+template <class Codes, int kTokens, Groups kGroups, int kStages>
 __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % layout::kLanes, warp = threadIdx.x / layout::kLanes;
@@ -371,15 +342,15 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
 
   // Nothing of the weight was written by the kernel before: request it at once.
   launch_dependents();
-  uint8_t* const memory = shared + p.warps + warp * p.memory.bytes;
+  uint8_t* const memory = shared + p.memory.warps + warp * p.memory.warp_bytes;
   const UnitSource<Codes, kGroups> source(p, row, lane);
 #pragma unroll 1
-  for (int i = 0; i < kStages<Codes>; ++i) {
+  for (int i = 0; i < kStages; ++i) {
     const int block = begin + k_warp + i * k_warps;
     if (block < end) source.request(p, memory + i * p.memory.stage_bytes, block, lane);
     copy_async_commit();
   }
-  float* const map = reinterpret_cast<float*>(shared + p.map);
+  float* const map = reinterpret_cast<float*>(shared + p.memory.map);
   if constexpr (Codes::kIsCodebook) {
     const float value = lane < 1 << Codes::kBits ? p.codebook.value(lane) : 0.0f;
     Codes::fill_table(shared, value, threadIdx.x, kThreads);
@@ -389,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   }
   wait_for_previous_kernel();
 
-  float* const x = reinterpret_cast<float*>(shared + p.x_shared);
+  float* const x = reinterpret_cast<float*>(shared + p.memory.x);
   const typename Codes::State state = Codes::state(shared, lane, p.weight.bias);
   float totals[kLaneRows][kTokens] = {};
   int stage = 0;
@@ -400,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
     __syncthreads();
     for (int block = chunk + k_warp; block < min(chunk_end, end); block += k_warps) {
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
-      copy_async_wait<kStages<Codes> - 1>();
+      copy_async_wait<kStages - 1>();
       __syncwarp();
       if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values(p, memory, stored, map, lane);
       Unit<Codes> unit;
@@ -418,10 +389,10 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
       float sums[kLaneRows][kTokens];
       multiply_steps<Codes, kTokens, kGroups>(p, unit, lane, sums, totals);
       __syncwarp();  // the stage was read
-      const int next = block + kStages<Codes> * k_warps;
+      const int next = block + kStages * k_warps;
       if (next < end) source.request(p, stored, next, lane);
       copy_async_commit();
-      stage = stage + 1 < kStages<Codes> ? stage + 1 : 0;
+      stage = stage + 1 < kStages ? stage + 1 : 0;
     }
   }
   copy_async_wait<0>();
@@ -460,12 +431,6 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
 
 // ---- launches
 
-constexpr int kMaxTokens = 8;
-// Of sums at the end: those of all warps, then those of the thread block.
-constexpr int sum_bytes(int tokens, int tile_rows) {
-  return tokens * (kSimtWarps * kSimtUnitRows + tile_rows) * static_cast<int>(sizeof(float));
-}
-constexpr int kNestedMapBytes = kNestedMapSize * static_cast<int>(sizeof(float));
 // x in shared memory, at most: a batch of load_x, so that its latency is paid once.
 constexpr int kXBytes = 16 << 10;
 
@@ -495,33 +460,32 @@ const char* run(const GemmProblem& problem) {
   p.row_groups = w.groups();
   p.packed_groups = packed_groups;
   p.group_ends = p.groups == 1 ? 0b1000u : p.groups == 2 ? 0b1010u : 0b1111u;
-  p.memory = warp_memory(w, p.groups, kStages<Codes>);
-  p.map = Codes::kTableBytes;
-  p.warps = p.map + (w.scale_type == ScaleType::kNested ? kNestedMapBytes : 0);
-  p.x_shared = p.warps + kSimtWarps * p.memory.bytes;
-  p.plan = plan_simt(problem.m, w.n, w.k, kTokens, std::min(kXBytes, device.shared_bytes - p.x_shared), device.sms,
+  static_assert(Codes::kTableBytes == simt_table_bytes(Codes::kIsCodebook, Codes::kBits));
+  p.memory = simt_memory(w, p.groups, kTokens, device.shared_bytes);
+  p.plan = plan_simt(problem.m, w.n, w.k, kTokens, std::min(kXBytes, device.shared_bytes - p.memory.x), device.sms,
                      device.clusters);
   while (1 << p.cluster_shift < p.plan.cluster) ++p.cluster_shift;
   const int x_bytes = p.plan.chunk_blocks * layout::kBlockK * kTokens * static_cast<int>(sizeof(float));
-  const int shared_bytes = p.x_shared + std::max(x_bytes, sum_bytes(kTokens, p.plan.tile_rows()));
+  const int shared_bytes = p.memory.x + std::max(x_bytes, simt_sum_bytes(kTokens, p.plan.tile_rows()));
   if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
   if (p.plan.thread_blocks() > INT32_MAX) return "simt: too many thread blocks";
-  return launch<simt_kernel<Codes, kTokens, kGroups>>(
-      {static_cast<unsigned>(p.plan.thread_blocks()), kThreads, shared_bytes, p.plan.cluster,
-       problem.programmatic_launch && device.clusters, problem.stream},
-      p);
+  const LaunchShape shape{static_cast<unsigned>(p.plan.thread_blocks()),  kThreads,      shared_bytes, p.plan.cluster,
+                          problem.programmatic_launch && device.clusters, problem.stream};
+  constexpr int kMost = simt_stages(Codes::kBits);
+  if constexpr (kGroups == Groups::kSteps && simt_may_have_few_stages(Codes::kBits, kTokens)) {
+    if (p.memory.stages != kMost) return launch(&simt_kernel<Codes, kTokens, kGroups, kSimtFewStages>, shape, p);
+  }
+  return launch(&simt_kernel<Codes, kTokens, kGroups, kMost>, shape, p);
 }
 
 template <class Codes, Groups kGroups>
 const char* run_groups(const GemmProblem& p) {
-  // Eight tokens may take more shared memory than sm_86 and sm_89 have, 99 KB.
-  constexpr int kSharedForAll = 128 << 10;
   if (p.m == 1) return run<Codes, 1, kGroups>(p);
   if constexpr (kGroups == Groups::kWhole) {
     if (p.m == 2) return run<Codes, 2, kGroups>(p);
   }
-  if (p.m <= 4 || device_properties().shared_bytes < kSharedForAll) return run<Codes, 4, kGroups>(p);
-  return run<Codes, kMaxTokens, kGroups>(p);
+  if (p.m <= 4 || simt_most_tokens(device_properties().shared_bytes) == 4) return run<Codes, 4, kGroups>(p);
+  return run<Codes, 8, kGroups>(p);
 }
 
 template <class Codes>

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/layout.hpp"
+#include "kernels/problem.hpp"
 
 namespace cutlass_ext::cuda {
 
@@ -15,6 +16,68 @@ constexpr int kSimtWarps = 8;
 constexpr int kSimtUnitAtoms = 2;
 constexpr int kSimtUnitRows = kSimtUnitAtoms * layout::kAtomRows;
 constexpr int kSimtMaxCluster = 8;  // the portable limit
+
+// Units a warp has requested ahead: at 4 bits 1.2 KB each, so 55 KB of a thread block, of which an SM holds two. Fewer
+// where a device has too little shared memory.
+constexpr int simt_stages(int bits) { return bits == 8 ? 4 : 6; }
+constexpr int kSimtFewStages = 4;
+// Whether there is such a device, with groups of 16 or 32: 4 bits have the largest table, and zeros; more tokens run on
+// larger devices only.
+constexpr bool simt_may_have_few_stages(int bits, int tokens) { return bits == 4 && tokens <= 4; }
+
+// Tokens of the largest tile: eight may take more shared memory than sm_86, sm_89 and sm_120 have, 99 KB.
+constexpr int simt_most_tokens(int device_bytes) { return device_bytes < (128 << 10) ? 4 : 8; }
+
+// The lookup table of a codebook (simt_codes.cuh): for up to 4 bits of pairs of codes.
+constexpr int simt_table_bytes(bool codebook, int bits) { return codebook ? 128 << (bits <= 4 ? 2 * bits : bits) : 0; }
+
+// Of sums at the end: those of all warps, then those of the thread block.
+constexpr int simt_sum_bytes(int tokens, int tile_rows) {
+  return tokens * (kSimtWarps * kSimtUnitRows + tile_rows) * static_cast<int>(sizeof(float));
+}
+
+// Shared memory of a thread block: the table, the map of nested scales, the warps' rings, x; x later makes room for
+// sums. In a stage of a ring: a unit's codes, scales, zeros and second-level absmax as they are stored; behind the
+// stages of a warp, scales and zeros as fp32. The values of a group are ordered [g][row g + 8j]: value l belongs to row
+// l / 4 + 8 * (l % 4) of the unit, and a lane's four rows are one 16-byte load.
+struct SimtMemory {
+  int map, warps, x;
+  int warp_bytes;
+  // In a warp's part.
+  int stages, stage_bytes;
+  int decoded_scales;  // 0: the stage's are fp32
+  int decoded_zeros;   // 0: none
+  // In a stage.
+  int scales, zeros, second;
+};
+
+static inline SimtMemory simt_memory(const Weight& w, int groups, int stages) {
+  constexpr int kUnitValues = kSimtUnitRows * static_cast<int>(sizeof(float));
+  const int values = w.flat_scales ? 0 : groups * kSimtUnitRows, floats = groups * kUnitValues;
+  const bool nested = w.scale_type == ScaleType::kNested;
+  const auto in_pieces = [](int bytes) { return (bytes + 15) / 16 * 16; };
+  SimtMemory at{};
+  at.scales = kSimtUnitAtoms * layout::atom_bytes(w.bits);
+  at.zeros = at.scales + in_pieces(values * size_of(w.scale_type));
+  at.second = at.zeros + in_pieces(values * zero_size(w.zero_type, w.scale_type));
+  at.stage_bytes = at.second + (nested && values > 0 ? floats : 0);
+  at.stages = stages;
+  at.warp_bytes = stages * at.stage_bytes;
+  if (values > 0 && w.scale_type != ScaleType::kFp32) at.decoded_scales = at.warp_bytes, at.warp_bytes += floats;
+  if (values > 0 && w.zeros != nullptr) at.decoded_zeros = at.warp_bytes, at.warp_bytes += floats;
+  at.map = simt_table_bytes(w.is_codebook, w.bits);
+  at.warps = at.map + (nested ? kNestedMapSize * static_cast<int>(sizeof(float)) : 0);
+  at.x = at.warps + kSimtWarps * at.warp_bytes;
+  return at;
+}
+
+// With the most stages that leave room for the smallest chunk of x and the largest tile's sums.
+static inline SimtMemory simt_memory(const Weight& w, int groups, int tokens, int device_bytes) {
+  const int rest = std::max(kSimtWarps * layout::kBlockK * tokens * static_cast<int>(sizeof(float)),
+                            simt_sum_bytes(tokens, kSimtWarps * kSimtUnitRows));
+  const SimtMemory most = simt_memory(w, groups, simt_stages(w.bits));
+  return most.x + rest <= device_bytes ? most : simt_memory(w, groups, kSimtFewStages);
+}
 
 struct SimtPlan {
   int row_warps;     // 1, 2, 4 or 8

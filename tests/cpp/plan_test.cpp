@@ -26,12 +26,15 @@ void expect(bool condition, const char* what, const GemmProblem& p) {
 }
 
 // As kernels/cuda/stream/kernel.cuh compiles them.
-KernelTraits traits(int atoms, int token_tiles, int groups, bool table, bool resolves) {
+KernelTraits traits(int atoms, int token_tiles, int groups, bool table, bool resolves, int scale_bytes) {
   const int rows = atoms * layout::kAtomRows;
-  const bool shared_x = token_tiles > 2;
-  const int warps = shared_x ? 8 : token_tiles == 2 && (resolves || (table && atoms == 4)) ? 12 : kMaxWarps;
-  return {token_tiles, groups,           rows, table, resolves, (rows + 4) * 4, layout::kBlockK * 2 + 16,
-          shared_x,    shared_x ? 3 : 2, warps};
+  const bool nested = !resolves && scale_bytes == 1;
+  const bool large = resolves || (table && (atoms == 4 || (atoms == 2 && nested)));
+  const int warps = token_tiles > 2 ? 8 : token_tiles == 2 && large ? 12 : kMaxWarps;
+  const int stage_bytes = (atoms * layout::atom_bytes(4) + groups * layout::kBlockRows * scale_bytes + 127) / 128 * 128;
+  const int stages = token_tiles == 1 && atoms == 4 && !table ? 3 : 2;
+  const uint32_t ring_at = kSharedBase + (table ? kPairTableBytes : 0) + (nested ? 8192 : 0);
+  return {token_tiles, groups, rows, table, resolves, (rows + 4) * 4, 16, ring_at, stage_bytes, stages, warps};
 }
 
 struct Range {
@@ -41,42 +44,50 @@ struct Range {
 void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device, const Params& p,
                 const Plan& plan) {
   const Weight& w = problem.weight;
-  const int parts = p.cluster * p.k_warps, warps = p.row_warps * p.k_warps;
+  const auto [cluster, row_warps, k_warps] = plan.split;
+  const int parts = cluster * k_warps, warps = row_warps * k_warps;
   const int tokens = static_cast<int>(problem.m);
   expect(warps >= 1 && warps <= kernel.warps, "warps", problem);
   expect(
       p.part_blocks >= 1 && p.part_blocks * parts + p.part_rest == layout::blocks_along_k(w.k) && p.part_rest < parts,
       "the parts cover K", problem);
-  expect(int64_t{p.units} * kernel.rows >= w.n && int64_t{p.tiles} * p.row_warps >= p.units, "the tiles cover N",
+  expect(int64_t{p.units} * kernel.rows >= w.n && int64_t{p.tiles} * row_warps >= p.units, "the tiles cover N",
          problem);
-  expect(p.clusters >= 1 && p.clusters <= p.tiles && p.clusters <= device.active_clusters(p.cluster), "clusters",
+  expect(plan.clusters >= 1 && plan.clusters <= p.tiles && plan.clusters <= device.active_clusters(cluster), "clusters",
          problem);
-  for (int warp = 0; warp < warps; ++warp) {
-    expect(warp * p.row_warps_inverse >> 8 == warp / p.row_warps, "division by row warps", problem);
-  }
-  expect(p.row_warps * std::min(kernel.rows, 32) % p.cluster == 0, "rows of a CTA of the cluster", problem);
+  expect(std::min(kernel.rows, 32) % cluster == 0, "rows of a CTA of the cluster", problem);
 
-  const bool one_pass = p.tiles <= p.clusters;
+  const bool one_pass = p.tiles <= plan.clusters;
   const int values = kernel.groups * layout::kBlockRows;
   std::vector<Range> pieces;
   const auto add = [&](uint32_t at, int64_t bytes) {
     if (bytes > 0) pieces.push_back({at, at + bytes});
   };
   if (kernel.pair_table) add(kSharedBase, kPairTableBytes);
-  add(p.ring, int64_t{warps} * p.ring_bytes);
-  expect(p.ring_bytes >= kernel.stages * p.stage_bytes && p.stage_bytes % 128 == 0, "stages", problem);
-  if (one_pass) {
-    expect(p.partial_at == p.ring && p.ring_bytes >= static_cast<uint32_t>(tokens * kernel.partial_pitch),
-           "sums fit in a ring", problem);
+  const uint32_t ring_bytes = static_cast<uint32_t>(kernel.stages * kernel.stage_bytes);
+  add(kernel.ring_at, int64_t{warps} * ring_bytes);
+  expect(kernel.stage_bytes >=
+             kernel.rows * layout::kBlockK / 2 + static_cast<int>(p.group_scale_bytes + p.group_zero_bytes),
+         "a block fits in a stage", problem);
+  if (p.partial_at == kernel.ring_at) {
+    expect(
+        one_pass && p.partial_bytes == ring_bytes && ring_bytes >= static_cast<uint32_t>(tokens * kernel.partial_pitch),
+        "sums fit in a ring", problem);
   } else {
     add(p.partial_at, int64_t{warps} * p.partial_bytes);
   }
   if (kernel.resolves) add(p.resolved_at, int64_t{warps} * values * 4 * (p.zero_bytes != 0 ? 2 : 1));
-  if (w.scale_type == ScaleType::kNested) add(p.nested_map_at, kNestedMapSize * 4);
+  if (kernel.resolves && w.scale_type == ScaleType::kNested) add(p.nested_map_at, kNestedMapSize * 4);
   add(p.barriers, 16);
   expect(p.barriers % 8 == 0 && p.exchange_at % 16 == 0, "alignment", problem);
-  if (p.cluster > 1) add(p.exchange_at, int64_t{one_pass ? 1 : 2} * p.row_warps * kernel.rows * tokens * 4);
-  if (kernel.shared_x) add(p.x_at, int64_t{p.k_warps} * kernel.stages * p.x_stage_bytes);
+  if (cluster > 1) add(p.exchange_at, int64_t{one_pass ? 1 : 2} * row_warps * kernel.rows * tokens * 4);
+  if (p.x_resident) {
+    const int most = k_warps * p.part_blocks + std::min(k_warps, p.part_rest);  // blocks of a CTA
+    expect(p.x_pitch >= most * p.x_step, "x of a CTA's part", problem);
+    add(p.x_at, int64_t{tokens} * p.x_pitch);
+  } else {
+    add(p.x_at, int64_t{warps} * kernel.stages * tokens * p.x_pitch);
+  }
   std::sort(pieces.begin(), pieces.end(), [](Range a, Range b) { return a.begin < b.begin; });
   for (size_t i = 0; i + 1 < pieces.size(); ++i) expect(pieces[i].end <= pieces[i + 1].begin, "overlap", problem);
   const int64_t start = device.clusters ? kSharedBase : 0;
@@ -100,15 +111,17 @@ void check_device(const DeviceProperties& device) {
               w.zero_type = !codebook && scale == ScaleType::kFp32 ? ZeroType::kInteger : ZeroType::kNone;
               const int tiles = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 4;
               const int groups = group >= k || group >= 64 ? 1 : static_cast<int>(64 / group);
-              const bool resolves = groups > 1 || scale == ScaleType::kE4M4 || scale == ScaleType::kNested ||
-                                    w.zero_type != ZeroType::kNone;
+              const bool zeros = w.zero_type != ZeroType::kNone;
+              const bool resolves = groups > 1 || scale == ScaleType::kE4M4 || zeros;
+              const int scale_bytes = (resolves ? 4 : size_of(scale)) * (zeros ? 2 : 1);
               // Functions of the kernels, told apart by address.
               static const char functions[2][4][2][3][5] = {};
               Candidates candidates;
               for (const int atoms : {4, 2, 1}) {
                 if ((groups > 1 && atoms != 2) || (tiles == 4 && atoms == 1)) continue;
+                if (atoms == 4 && codebook && (resolves || scale == ScaleType::kNested)) continue;
                 candidates.add({&functions[codebook][groups - 1][resolves][tiles / 2][atoms],
-                                traits(atoms, tiles, groups, codebook, resolves)});
+                                traits(atoms, tiles, groups, codebook, resolves, scale_bytes)});
               }
               for (int again = 0; again < 2; ++again) {  // chosen, then remembered
                 Params params{};

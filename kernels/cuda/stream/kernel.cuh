@@ -4,11 +4,15 @@
 //          tile; its CTAs, and the k warps of each, split K. So every weight is read by one warp, once, and only sums
 //          travel: between the k warps of a CTA through shared memory, between the CTAs of a cluster by asynchronous
 //          stores into the shared memory of the CTA that owns the row. Every sum is added in one fixed order.
-// Ring     A warp has a ring of stages of its own. A stage is a 64-k block of its unit: codes, scales, zero points.
-//          Weights are requested first of all, before the grid dependency; the blocks' x after it. Up to 16 tokens x
-//          is part of the stage and a warp waits for nobody. Above, the row warps of a column (one part of K) share a
-//          ring of x, of which each requests some tokens.
+// Ring     A warp has a ring of stages of its own and waits for nobody. A stage is a 64-k block of its unit: codes,
+//          scales, zero points. Weights are requested first of all, before the grid dependency.
+// x        Where it fits, the CTA's part of K of all tokens is loaded once, by the warps that need it; row warps share
+//          it. Otherwise every warp loads each block's x along with its weights.
 // Decode   Weights are the A operand of the MMA, tokens its n: codes.cuh. Scales multiply the fp32 sums of a group.
+//
+// Instructions count: a 64 x 64 block of int4 takes about 200 of the 530 that an SM of an H200 can issue while its
+// memory delivers the block, but a weight of 8 MB is over after a few blocks a warp, and then every instruction before
+// the first request and behind the last block is time.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -34,8 +38,9 @@ constexpr bool kHopper = false;
 constexpr int kAtomBytes = layout::atom_bytes(4);
 constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kTokensPerTile = 8;  // n of an MMA
-// Bytes of a token's x in a stage; 16 more than its 64 values, so that ldmatrix reads eight rows from different banks.
-constexpr int kXPitch = layout::kBlockK * 2 + 16;
+// Bytes between the tokens of x, so that ldmatrix reads eight rows from different banks.
+constexpr int kXPadding = 16;
+constexpr int kBlockXPitch = layout::kBlockK * 2 + kXPadding;
 
 // Bytes between the tokens of a warp's partial sums: a multiple of 8, and the four lanes that hold tokens 2t of a row
 // pair fall on different banks.
@@ -51,12 +56,23 @@ struct Config {
   static constexpr int kAtoms = kAtoms_;                    // of a warp: 1, 2, 4
   static constexpr int kRows = kAtoms * layout::kAtomRows;  // of a unit
   static constexpr int kUnitsPerSlab = layout::kAtomsPerBlock / kAtoms;
-  static constexpr bool kSharedX = kTokenTiles > 2;
-  // Two stages: block i + 2 takes the place of block i. Three: it takes that of block i - 1, which everyone has read
-  // when they meet before block i.
-  static constexpr int kStages = kSharedX ? 3 : 2;
+  // A stage: codes, scales, zeros.
+  static constexpr int kScalesAt = kAtoms * kAtomBytes;
+  static constexpr int kMaxScaleBytes = kGroups * layout::kBlockRows * scale_bytes_of(kScales);
+  static constexpr int kZerosAt = kScalesAt + kMaxScaleBytes;
+  static constexpr bool kZeros = has_zeros(kScales, !Codes::kTable);
+  // A multiple of 128: a copy of 512 bytes that straddles one line more costs 8% (8192 x 8192, M = 1, H200,
+  // 2026-11-21).
+  static constexpr int kStageBytes = (kZerosAt + (kZeros ? kMaxScaleBytes : 0) + 127) / 128 * 128;
+  // Where a CTA has many tiles a third stage keeps the memory busy while they change: 28672 x 4096, M = 1: 18.05 us
+  // instead of 18.74; 4096 x 4096: 5.34 instead of 5.29 (H200, 2026-11-21).
+  static constexpr int kStages = kTokenTiles == 1 && kAtoms == 4 && !Codes::kTable ? 3 : 2;
+  // Shared addresses: the pair table, the nested map, the rings.
+  static constexpr uint32_t kMapAt = kSharedBase + (Codes::kTable ? kPairTableBytes : 0);
+  static constexpr uint32_t kRing = kMapAt + (kScales == ScaleSource::kNested ? kNestedMapSize * kMapEntryBytes : 0);
   // Warps of a CTA: what 64 K registers allow without spills.
-  static constexpr bool kLarge = kScales == ScaleSource::kResolved || (Codes::kTable && kAtoms == 4);
+  static constexpr bool kLarge = kScales == ScaleSource::kResolved ||
+                                 (Codes::kTable && (kAtoms == 4 || (kAtoms == 2 && kScales == ScaleSource::kNested)));
   static constexpr int kWarps = kTokenTiles > 2 ? 8 : kTokenTiles == 2 && kLarge ? 12 : kMaxWarps;
   static constexpr int kStepsPerGroup = layout::kSteps / kGroups;
   static constexpr int kTokens = kTokenTiles * kTokensPerTile;
@@ -82,31 +98,36 @@ class Kernel {
     const uint32_t base = cute::cast_smem_ptr_to_uint(shared);
     if (Codes::kTable && (base & 0xFFFFFFu) > kSharedBase) __trap();
     window = base & 0xFF000000u;  // a CTA of a cluster sees its own shared memory from rank << 24 on
-    lane = threadIdx.x & 31;
-    warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 5, 0);
-    wk = warp * p.row_warps_inverse >> 8;
-    wr = warp - wk * p.row_warps;
-    rank = blockIdx.x & (p.cluster - 1);
-    cluster_index = blockIdx.x >> p.cluster_shift;
-    const int part = rank * p.k_warps + wk;
+    lane = threadIdx.x;
+    wr = threadIdx.y;
+    wk = threadIdx.z;
+    row_warps = blockDim.y;
+    k_warps = blockDim.z;
+    warp = wk * row_warps + wr;
+    rank = blockIdx.x;
+    const int part = rank * k_warps + wk;
     block0 = part * p.part_blocks + min(part, p.part_rest);
     blocks = p.part_blocks + (part < p.part_rest ? 1 : 0);
     asm("" : "+r"(blocks));  // one value: kept as its two terms, one of them was spilled
-    ring = window + p.ring + warp * p.ring_bytes;
-    x_end = p.k - (block0 + blocks) * layout::kBlockK;
+    ring = window + C::kRing + warp * (C::kStages * C::kStageBytes) + lane * 16;
+    read_stage = ring;
   }
 
   __device__ __forceinline__ void run() {
     launch_dependents();
-    start_fill(cluster_index);
-    start_x();
+    start_fill(blockIdx.y);
 #pragma unroll 1
-    for (int i = 0; i < kAhead; ++i) fill(i, !p.programmatic_launch);
-    scales.start(p, window, lane, warp);
-    scales.start_unit(p, unit_of(cluster_index), block0, lane);
+    for (int i = 0; i < C::kStages; ++i) {
+      request_weights(ring + i * C::kStageBytes);
+      if (i == 0) start_x();
+      if (!p.programmatic_launch) request_first_x<true>(i);
+      cute::cp_async_fence();
+    }
+    scales.start(p, window, lane, warp, row_warps * k_warps * layout::kLanes);
+    scales.start_unit(p, unit_of(blockIdx.y), block0, lane);
     if constexpr (kHopper) {
-      if (p.cluster > 1) {
-        if (threadIdx.x == 0) {
+      if (gridDim.x > 1) {
+        if (warp == 0 && lane == 0) {
           Barrier::init(pointer(exchange_barrier(0)), 1);
           Barrier::init(pointer(exchange_barrier(1)), 1);
           cutlass::arch::fence_barrier_init();
@@ -119,18 +140,18 @@ class Kernel {
     wait_for_previous_kernel();
     if (p.programmatic_launch) {
 #pragma unroll 1
-      for (int i = 0; i < kAhead; ++i) request_x(i);
-      cute::cp_async_wait<0>();
+      for (int i = 0; i < C::kStages; ++i) request_first_x<false>(i);
     }
-    if constexpr (Codes::kTable || Scales<C>::kResolve) __syncthreads();
+    cute::cp_async_wait<C::kStages - 1>();
+    // The table, the map of nested scales, and x that other warps have loaded.
+    if (Codes::kTable || Scales<C>::kResolve || Scales<C>::kNestedDirect || row_warps > 1) __syncthreads();
 
     int pass = 0;
-    for (int tile = cluster_index; tile < p.tiles; tile += p.clusters, ++pass) {
+    for (int tile = blockIdx.y; tile < p.tiles; tile += gridDim.y, ++pass) {
       if (pass > 0) scales.start_unit(p, unit_of(tile), block0, lane);
       multiply_tile();
       store_partial(pass);
-      __syncthreads();
-      if (p.cluster == 1) {
+      if (gridDim.x == 1) {
         finish_in_cta(tile);
       } else {
         finish_in_cluster(tile, pass);
@@ -139,20 +160,18 @@ class Kernel {
   }
 
  private:
-  static constexpr int kAhead = 2;  // blocks requested before the one that is read
-
   const Params& p;
-  uint32_t window, ring;
-  int lane, warp, wk, wr, rank, cluster_index;
+  uint32_t window;
+  uint32_t ring;     // of this warp, this lane's 16 bytes
+  uint32_t x_first;  // this warp's first block of x
+  int lane, warp, wk, wr, row_warps, k_warps, rank;
   int block0, blocks;  // this warp's k blocks
   // What to request next: this lane's 16 bytes of each piece.
   const uint8_t* fill_codes;
   const uint8_t* fill_scales;  // of the slab
   const uint8_t* fill_zeros;
-  const T* fill_x;
-  int fill_tile, fill_block, fill_left, fill_x_left;
-  int x_end;  // fill_x_left behind the last of this warp's blocks
-  int read_stage = 0;
+  int fill_tile, fill_block, fill_left;
+  uint32_t read_stage, read_x;  // of the block to multiply next
   float output_factor = 1;
   Scales<C> scales;
   float acc[C::kAtoms][C::kTokenTiles][4];
@@ -166,103 +185,44 @@ class Kernel {
   // ---- the ring ----
 
   // Row warps behind the weight's last unit do that one again; nobody stores it.
-  __device__ __forceinline__ int unit_of(int tile) const { return min(tile * p.row_warps + wr, p.units - 1); }
-
-  __device__ __forceinline__ uint32_t weight_stage(int stage) const { return ring + stage * p.stage_bytes; }
-  __device__ __forceinline__ uint32_t x_stage(int stage) const {
-    return C::kSharedX ? window + p.x_at + (wk * C::kStages + stage) * p.x_stage_bytes : weight_stage(stage) + p.x_at;
-  }
+  __device__ __forceinline__ uint32_t unit_of(int tile) const { return min(tile * row_warps + wr, p.units - 1); }
 
   __device__ __forceinline__ void start_fill(int tile) {
-    const int unit = unit_of(tile);
-    const uint32_t slab = uint32_t(unit) / C::kUnitsPerSlab;
+    const uint32_t unit = unit_of(tile);
+    const uint32_t slab = unit / C::kUnitsPerSlab;
     fill_tile = tile;
     fill_block = block0;
     fill_left = blocks;
     fill_codes = p.codes + uint64_t(slab) * p.slab_code_bytes + uint32_t(block0) * kBlockBytes +
                  unit % C::kUnitsPerSlab * (C::kAtoms * kAtomBytes) + lane * 16;
     fill_scales = p.scales + uint64_t(slab) * p.slab_scale_bytes + lane * 16;
-    if constexpr (Scales<C>::kZeros) fill_zeros = p.zeros + uint64_t(slab) * p.slab_zero_bytes + lane * 16;
-  }
-
-  __device__ __forceinline__ void start_x() {
-    asm volatile("" ::: "memory");  // a branch, as in next_tile
-    fill_x_left = p.k - block0 * layout::kBlockK;
-    fill_x = static_cast<const T*>(p.x) + (lane >> 3) * p.ldx + block0 * layout::kBlockK + (lane & 7) * 8;
-    if constexpr (C::kSharedX) fill_x += wr * p.x_step;
+    if constexpr (C::kZeros) fill_zeros = p.zeros + uint64_t(slab) * p.slab_zero_bytes + lane * 16;
   }
 
   __device__ static void copy_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   }
 
-  // `bytes` from `from`, of which every lane has its 16 already added.
+  // `bytes` from `from`; `to` and `from` have every lane's 16 already added.
   __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, uint32_t bytes) const {
-    constexpr int kMost = Scales<C>::kGroupScales * 4;
 #pragma unroll
-    for (int i = 0; i < kMost; i += layout::kLanes * 16) {
-      if (i + lane * 16 < bytes) copy_16(to + i + lane * 16, from + i);
+    for (int i = 0; i < C::kMaxScaleBytes; i += layout::kLanes * 16) {
+      if (i + lane * 16 < bytes) copy_16(to + i, from + i);
     }
   }
 
-  // Codes, scales and zeros of the next block.
-  __device__ __forceinline__ void request_weights(uint32_t stage) const {
+  // Codes, scales and zeros of the next block, if there is one.
+  __device__ __forceinline__ void request_weights(uint32_t stage) {
+    if (fill_left <= 0) return;
 #pragma unroll
-    for (int r = 0; r < C::kAtoms; ++r) copy_16(stage + r * kAtomBytes + lane * 16, fill_codes + r * kAtomBytes);
+    for (int r = 0; r < C::kAtoms; ++r) copy_16(stage + r * kAtomBytes, fill_codes + r * kAtomBytes);
     const uint32_t group = uint32_t(fill_block >> p.group_shift);
-    stage += C::kAtoms * kAtomBytes;
-    copy_groups(stage, fill_scales + group * p.group_scale_bytes, p.group_scale_bytes);
-    if constexpr (Scales<C>::kZeros) {
-      if (p.zero_bytes != 0) {
-        copy_groups(stage + p.group_scale_bytes, fill_zeros + group * p.group_zero_bytes, p.group_zero_bytes);
-      }
+    constexpr bool kKnown = !Scales<C>::kResolve;
+    const uint32_t bytes = kKnown ? C::kMaxScaleBytes : p.group_scale_bytes;
+    copy_groups(stage + C::kScalesAt, fill_scales + uint64_t(group) * bytes, bytes);
+    if constexpr (C::kZeros) {
+      copy_groups(stage + C::kZerosAt, fill_zeros + uint64_t(group) * p.group_zero_bytes, p.group_zero_bytes);
     }
-  }
-
-  // x of the next block. Eight lanes have a token's 64 values, four tokens at a time; what lies behind K becomes zero,
-  // because the weight's padding is not.
-  __device__ __forceinline__ void request_x(int stage) {
-    const int left = fill_x_left - (lane & 7) * 8;  // k values from this lane's on
-    const int every = C::kSharedX ? p.row_warps : 1;
-    const int first = (C::kSharedX ? 4 * wr : 0) + (lane >> 3);
-    const uint32_t to = x_stage(stage) + first * kXPitch + (lane & 7) * 16;
-    const T* x = fill_x;
-    if (p.x_vector) {
-      const int bytes = left > 0 ? 16 : 0;
-#pragma unroll
-      for (int token = 0; token < C::kTokens; token += 4) {
-        if (first + token * every < p.m) {
-          asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to + token * every * kXPitch), "l"(x),
-                       "r"(bytes)
-                       : "memory");
-        }
-        x += every * p.x_step;
-      }
-    } else {
-#pragma unroll 1
-      for (int token = 0; first + token < p.m; token += 4 * every, x += every * p.x_step) {
-#pragma unroll 1
-        for (int i = 0; i < 8; ++i) {
-          store_shared_2(to + token * kXPitch + i * 2, i < left ? reinterpret_cast<const uint16_t*>(x)[i] : 0);
-        }
-      }
-    }
-    fill_x += layout::kBlockK;
-    fill_x_left -= layout::kBlockK;
-    if (fill_x_left <= x_end) start_x();
-  }
-
-  // Requests the next block of this warp, if there is one, into a stage.
-  __device__ __forceinline__ void fill(int stage, bool with_x) {
-    if (fill_left > 0) {
-      if (with_x) request_x(stage);
-      request_weights(weight_stage(stage));
-      next_block();
-    }
-    cute::cp_async_fence();
-  }
-
-  __device__ __forceinline__ void next_block() {
     fill_codes += kBlockBytes;
     ++fill_block;
     if (--fill_left == 0) next_tile();
@@ -271,35 +231,123 @@ class Kernel {
   // Goes on with the cluster's next tile.
   __device__ __forceinline__ void next_tile() {
     asm volatile("" ::: "memory");  // a branch: the block loop is faster without these instructions in it
-    if (fill_tile + p.clusters < p.tiles) start_fill(fill_tile + p.clusters);
+    if (fill_tile + int(gridDim.y) < p.tiles) start_fill(fill_tile + gridDim.y);
   }
 
-  // Waits for the next block, then requests the one that may take the place of the block before.
-  __device__ __forceinline__ void acquire_stage() {
-    cute::cp_async_wait<kAhead - 1>();
-    if constexpr (C::kSharedX) {
-      sync_column();
-      fill(read_stage == 0 ? 2 : read_stage - 1, true);
-    } else {
-      __syncwarp();
+  // Copies 16 bytes of x, or zeros behind K: the weight's padding is not zero.
+  __device__ __forceinline__ void copy_x(uint32_t to, const T* from, int k) const {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(k < p.k ? 16 : 0)
+                 : "memory");
+  }
+
+  // The same through registers. With programmatic dependent launch x comes behind all the weights, and a wait for its
+  // asynchronous copies would be one for theirs.
+  __device__ __forceinline__ uint4 load_x(const T* from, int k) const {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (k < p.k) {
+      asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(from)
+                   : "memory");
+    }
+    return v;
+  }
+
+  // The same for any alignment of x and K.
+  __device__ __forceinline__ void copy_x_values(uint32_t to, const T* from, int k) const {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {
+      store_shared_2(to + i * 2, k + i < p.k ? reinterpret_cast<const uint16_t*>(from)[i] : 0);
     }
   }
 
-  // All lanes have read the block.
-  __device__ __forceinline__ void release_stage() {
-    if constexpr (!C::kSharedX) {
-      __syncwarp();
-      fill(read_stage, true);
+  // This warp's part of K, the tokens dealt out among the row warps.
+  template <bool kAsync>
+  __device__ __forceinline__ void request_resident_x() const {
+    constexpr int kAtOnce = kAsync ? 1 : 4;
+    const int k0 = block0 * layout::kBlockK + lane * 8, end = (block0 + blocks) * layout::kBlockK;
+    const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(wr);
+    uint32_t to = x_first + wr * p.x_pitch + lane * 16;
+    const uint64_t step = uint64_t(p.ldx) * uint32_t(row_warps);
+#pragma unroll 1
+    for (int token = wr; token < p.m; token += kAtOnce * row_warps) {
+#pragma unroll 1
+      for (int k = k0; k < end; k += layout::kLanes * 8) {
+        const uint32_t at = to + (k - k0) * 2;
+        if (!p.x_vector) {
+          for (int i = 0; i < kAtOnce && token + i * row_warps < p.m; ++i) {
+            copy_x_values(at + i * row_warps * p.x_pitch, from + i * step + k, k);
+          }
+        } else if constexpr (kAsync) {
+          copy_x(at, from + k, k);
+        } else {
+          uint4 v[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (token + i * row_warps < p.m) v[i] = load_x(from + i * step + k, k);
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (token + i * row_warps < p.m) store_shared_16(at + i * row_warps * p.x_pitch, v[i]);
+          }
+        }
+      }
+      from += kAtOnce * step;
+      to += kAtOnce * row_warps * p.x_pitch;
     }
-    read_stage = read_stage + 1 == C::kStages ? 0 : read_stage + 1;
   }
 
-  // The row warps of this warp's part of K.
-  __device__ __forceinline__ void sync_column() const {
-    if (p.row_warps == 1) {
-      __syncwarp();
+  // A block's x: eight lanes have a token's 64 values.
+  template <bool kAsync>
+  __device__ __forceinline__ void request_block_x(uint32_t slot, int block) const {
+    const int first = lane >> 3;
+    const int k = block * layout::kBlockK + (lane & 7) * 8;
+    const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(first) + k;
+    uint32_t to = slot + first * kBlockXPitch + (lane & 7) * 16;
+    if (!p.x_vector) {
+#pragma unroll 1
+      for (int token = first; token < p.m; token += 4, from += uint64_t(p.ldx) * 4, to += 4 * kBlockXPitch) {
+        copy_x_values(to, from, k);
+      }
+    } else if constexpr (kAsync) {
+#pragma unroll
+      for (int token = 0; token < C::kTokens; token += 4) {
+        if (first + token < p.m) copy_x(to + token * kBlockXPitch, from, k);
+        from += uint64_t(p.ldx) * 4;
+      }
     } else {
-      sync_warps(1 + wk, p.row_warps * layout::kLanes);  // barrier 0 is that of the CTA; with 2 row warps, 8 columns
+      uint4 v[C::kTokens / 4];
+#pragma unroll
+      for (int token = 0; token < C::kTokens; token += 4) {
+        if (first + token < p.m) v[token / 4] = load_x(from, k);
+        from += uint64_t(p.ldx) * 4;
+      }
+#pragma unroll
+      for (int token = 0; token < C::kTokens; token += 4) {
+        if (first + token < p.m) store_shared_16(to + token * kBlockXPitch, v[token / 4]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start_x() {
+    asm volatile("" ::: "memory");  // the first request of weights does not wait for these parameters
+    if (p.x_resident) {
+      const int first_part = rank * k_warps;
+      const int before = block0 - first_part * p.part_blocks - min(first_part, p.part_rest);
+      x_first = window + p.x_at + before * (layout::kBlockK * 2);
+    } else {
+      x_first = window + p.x_at + warp * (C::kStages * p.x_step);
+    }
+    read_x = x_first;
+  }
+
+  // What belongs to the request of stage `i`'s first block: that block's x; or with the first one all of the part.
+  template <bool kAsync>
+  __device__ __forceinline__ void request_first_x(int i) const {
+    if (p.x_resident) {
+      if (i == 0) request_resident_x<kAsync>();
+    } else if (i < blocks) {
+      request_block_x<kAsync>(x_first + i * p.x_step, block0 + i);
     }
   }
 
@@ -310,7 +358,7 @@ class Kernel {
     const float factor = given ? search_factor() : p.codebook_factor;
     output_factor = 1 / factor;
     // Two threads an entry, 64 bytes each; the order of their pieces keeps eight threads on different banks.
-    for (int i = threadIdx.x; i < 512; i += blockDim.x) {
+    for (int i = warp * layout::kLanes + lane; i < 512; i += row_warps * k_warps * layout::kLanes) {
       const int entry = i >> 1;
       const float low = given ? p.codebook_data[entry & 15] : p.codebook[entry & 15];
       const float high = given ? p.codebook_data[entry >> 4] : p.codebook[entry >> 4];
@@ -326,7 +374,7 @@ class Kernel {
   // A weight's own codebook is not known to the host: every lane tries one factor.
   __device__ __noinline__ float search_factor() const {
     const float error =
-        rounding_error(p.codebook_data, factor_at(threadIdx.x % kFactors), [](float v) { return float(T(v)); });
+        rounding_error(p.codebook_data, factor_at(lane % kFactors), [](float v) { return float(T(v)); });
     // Errors are not negative, so that their bits are in their order.
     const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, __float_as_uint(error));
     return factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
@@ -341,26 +389,27 @@ class Kernel {
       for (int j = 0; j < C::kTokenTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[r][j][i] = 0;
-    uint32_t x_row[C::kTokenTiles];  // in a stage, of ldmatrix
+    uint32_t x_row[C::kTokenTiles];  // in a block, of ldmatrix
 #pragma unroll
     for (int j = 0; j < C::kTokenTiles; ++j) {
       // Tokens beyond M: the last one again, in columns that nobody reads.
-      x_row[j] = min(j * kTokensPerTile + (lane & 7), p.m - 1) * kXPitch + (lane >> 3) * 16;
+      x_row[j] = min(j * kTokensPerTile + (lane & 7), p.m - 1) * p.x_pitch + (lane >> 3) * 16;
     }
     const uint32_t lane_address = window + lane * 4;
+    if (p.x_resident) read_x = x_first;
 #pragma unroll 1
     for (int left = blocks; left > 0; --left) {
-      acquire_stage();
-      const uint32_t stage = weight_stage(read_stage), x = x_stage(read_stage);
+      cute::cp_async_wait<C::kStages - 1>();
+      __syncwarp();
       uint32_t b[layout::kSteps][C::kTokenTiles][2];
 #pragma unroll
       for (int j = 0; j < C::kTokenTiles; ++j) {
-        load_matrices(x + x_row[j], b[0][j][0], b[0][j][1], b[1][j][0], b[1][j][1]);
-        load_matrices(x + x_row[j] + 64, b[2][j][0], b[2][j][1], b[3][j][0], b[3][j][1]);
+        load_matrices(read_x + x_row[j], b[0][j][0], b[0][j][1], b[1][j][0], b[1][j][1]);
+        load_matrices(read_x + x_row[j] + 64, b[2][j][0], b[2][j][1], b[3][j][0], b[3][j][1]);
       }
-      const uint32_t codes = stage + lane * 16;
-      uint4 w = load_shared_16(codes);
-      scales.resolve(p, stage + C::kAtoms * kAtomBytes, block0 + blocks - left, lane);
+      uint4 w = load_shared_16(read_stage);
+      const uint32_t raw = read_stage - lane * 16;
+      scales.resolve(p, raw, block0 + blocks - left, lane);
 #pragma unroll
       for (int group = 0; group < C::kGroups; ++group) {
         float start[C::kTokenTiles][4];
@@ -369,7 +418,7 @@ class Kernel {
           if constexpr (Codes::kTable) {
             start[j][0] = start[j][1] = start[j][2] = start[j][3] = 0;
           } else {
-            // -(magic + bias) * sum(x) of the group: an MMA with a constant as weights.
+            // A multiple of sum(x) of the group: an MMA with a constant as weights.
             const uint32_t constant[4] = {p.start_low, p.start_high, p.start_low, p.start_high};
             float zero[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -378,35 +427,43 @@ class Kernel {
             }
           }
         }
-        const typename Scales<C>::Group group_scales = scales.load(stage + C::kAtoms * kAtomBytes, group);
+        const typename Scales<C>::Group group_scales = scales.load(raw, group);
+        typename Scales<C>::Zeros zeros;
+        const bool with_zeros = C::kZeros && (!Scales<C>::kResolve || p.zero_bytes != 0);
+        if (with_zeros) zeros = scales.load_zeros(p, raw, group);
 #pragma unroll
         for (int r = 0; r < C::kAtoms; ++r) {
           // The next atom's codes are on their way while this one's are multiplied.
           const bool last = r + 1 == C::kAtoms;
           const uint4 next =
-              last && group + 1 == C::kGroups ? w : load_shared_16(codes + (last ? 0 : r + 1) * kAtomBytes);
+              last && group + 1 == C::kGroups ? w : load_shared_16(read_stage + (last ? 0 : r + 1) * kAtomBytes);
+          // The first atom's MMAs do not wait for those of the start. (Sixteen tokens have no registers for that.)
+          const bool late = with_zeros || (r == 0 && C::kTokenTiles == 1);
           float d[C::kTokenTiles][4];
+#pragma unroll
+          for (int j = 0; j < C::kTokenTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              d[j][i] = with_zeros ? start[j][i] * (i < 2 ? p.start_offset_low : p.start_offset_high)
+                        : late     ? 0
+                                   : start[j][i];
+            }
 #pragma unroll
           for (int s = 0; s < C::kStepsPerGroup; ++s) {
             const int step = group * C::kStepsPerGroup + s;
             uint32_t a[4];
             Codes::decode(step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w, lane_address, a);
 #pragma unroll
-            for (int j = 0; j < C::kTokenTiles; ++j) multiply<T>(d[j], a, b[step][j], s == 0 ? start[j] : d[j]);
+            for (int j = 0; j < C::kTokenTiles; ++j) multiply<T>(d[j], a, b[step][j], d[j]);
           }
-          if constexpr (Scales<C>::kZeros) {
-            if (p.zero_bytes != 0) {
-              const float2 zero = scales.load_zero(p, group, r);
+          if (late && !Codes::kTable) {
+            const float2 factor = with_zeros ? scales.start_factor(p, zeros, r) : float2{1, 1};
 #pragma unroll
-              for (int j = 0; j < C::kTokenTiles; ++j) {
-                d[j][0] += zero.x * start[j][0];
-                d[j][1] += zero.x * start[j][1];
-                d[j][2] += zero.y * start[j][2];
-                d[j][3] += zero.y * start[j][3];
-              }
-            }
+            for (int j = 0; j < C::kTokenTiles; ++j)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) d[j][i] += (i < 2 ? factor.x : factor.y) * start[j][i];
           }
-          const float2 scale = group_scales.of(r);
+          const float2 scale = scales.scale_of(group_scales, r);
 #pragma unroll
           for (int j = 0; j < C::kTokenTiles; ++j) {
             acc[r][j][0] += scale.x * d[j][0];
@@ -417,7 +474,13 @@ class Kernel {
           w = next;
         }
       }
-      release_stage();
+      __syncwarp();  // all lanes have read the block
+      if (!p.x_resident && fill_left > 0) request_block_x<true>(read_x, fill_block);
+      request_weights(read_stage);
+      cute::cp_async_fence();
+      const bool wraps = read_stage == ring + (C::kStages - 1) * C::kStageBytes;
+      read_stage = wraps ? ring : read_stage + C::kStageBytes;
+      read_x = wraps && !p.x_resident ? x_first : read_x + p.x_step;
     }
   }
 
@@ -456,10 +519,10 @@ class Kernel {
   __device__ __forceinline__ Sums<C::kRowsPerLane> add_k_warps(int token, int lane) const {
     uint32_t at =
         window + p.partial_at + wr * p.partial_bytes + token * partial_pitch(C::kAtoms) + lane * (C::kRowsPerLane * 4);
-    const uint32_t step = p.row_warps * p.partial_bytes;
+    const uint32_t step = row_warps * p.partial_bytes;
     Sums<C::kRowsPerLane> sum{};
-#pragma unroll 4
-    for (int i = 0; i < p.k_warps; ++i, at += step) {
+#pragma unroll 8
+    for (int i = 0; i < k_warps; ++i, at += step) {
       if constexpr (C::kRowsPerLane == 2) {
         const float2 v = load_shared_float2(at);
         sum.v[0] += v.x;
@@ -499,53 +562,56 @@ class Kernel {
 
   __device__ __forceinline__ void finish_in_cta(int tile) const {
     const int lane = fresh_lane();
-    const int row = (tile * p.row_warps + wr) * C::kRows + lane * C::kRowsPerLane;
-    if (row >= p.n || wk >= p.m || lane >= C::kSumLanes) return;
+    const int row = (tile * row_warps + wr) * C::kRows + lane * C::kRowsPerLane;
+    const bool active = row < p.n && wk < p.m && lane < C::kSumLanes;
     float bias[C::kRowsPerLane];
     load_bias(row, bias);
-    for (int token = wk; token < p.m; token += p.k_warps)
-      store(token, row, add_k_warps(token, lane).v, output_scale(), bias);
+    const float scale = output_scale();
+    __syncthreads();
+    if (!active) return;
+    for (int token = wk; token < p.m; token += k_warps) store(token, row, add_k_warps(token, lane).v, scale, bias);
   }
 
-  // A CTA finishes 1 / cluster of the tile's rows: `share` lanes' worth. Everyone sends it their sums.
+  // A CTA finishes 1 / cluster of the lanes that have rows of a unit. Everyone sends it their sums.
   __device__ __forceinline__ void finish_in_cluster(int tile, int pass) {
     if constexpr (kHopper) {
       const int lane = fresh_lane();
+      const int cluster = gridDim.x;
       const int buffer = pass & 1;
-      const int share = p.row_warps * C::kSumLanes / p.cluster;
-      constexpr int kLaneBytes = C::kRowsPerLane * 4;
-      const uint32_t exchange = window + p.exchange_at + buffer * p.exchange_bytes;
+      constexpr uint32_t kLaneBytes = C::kRowsPerLane * 4;
+      const int share = C::kSumLanes / cluster;                     // lanes of a unit
+      const uint32_t token_bytes = row_warps * share * kLaneBytes;  // [CTA][token][row warp][lane]
+      const uint32_t exchange = window + p.exchange_at + buffer * p.exchange_bytes + wr * share * kLaneBytes;
       const uint32_t barrier = exchange_barrier(buffer);
-      if (threadIdx.x == 0) Barrier::arrive_and_expect_tx(pointer(barrier), p.cluster * p.m * share * kLaneBytes);
+      const int owner = lane / share;
+      const uint32_t to = exchange + rank * p.m * token_bytes + (lane - owner * share) * kLaneBytes;
+      const int row = (tile * row_warps + wr) * C::kRows + (rank * share + lane) * C::kRowsPerLane;
+      const bool finishes = lane < share && row < p.n;
+      float bias[C::kRowsPerLane] = {};
+      if (finishes) load_bias(row, bias);
+      const float scale = output_scale();
+      if (warp == 0 && lane == 0) {
+        Barrier::arrive_and_expect_tx(pointer(barrier), cluster * p.m * token_bytes);
+      }
       if (pass == 0) cute::cluster_wait();  // the others run, and their barriers are there
+      __syncthreads();
       if (lane < C::kSumLanes) {
-        const int slot = wr * C::kSumLanes + lane;
-        const int owner = slot / share;
-        const uint32_t to = exchange + (rank * p.m * share + slot - owner * share) * kLaneBytes;
-        for (int token = wk; token < p.m; token += p.k_warps) {
+        for (int token = wk; token < p.m; token += k_warps) {
           const Sums<C::kRowsPerLane> sum = add_k_warps(token, lane);
           if constexpr (C::kRowsPerLane == 2) {
-            send_float2(to + token * share * kLaneBytes, barrier, owner, {sum.v[0], sum.v[1]});
+            send_float2(to + token * token_bytes, barrier, owner, {sum.v[0], sum.v[1]});
           } else {
-            cute::store_shared_remote(__float_as_uint(sum.v[0]), to + token * share * kLaneBytes, barrier, owner);
+            cute::store_shared_remote(__float_as_uint(sum.v[0]), to + token * token_bytes, barrier, owner);
           }
         }
       }
-      const int thread = warp * layout::kLanes + lane;
-      const int first_token = thread / share;
-      const int slot = thread - first_token * share;
-      const int row = tile * p.row_warps * C::kRows + (rank * share + slot) * C::kRowsPerLane;
-      float bias[C::kRowsPerLane];
-      load_bias(row, bias);
-      const float scale = output_scale();
       Barrier::wait(pointer(barrier), pass >> 1 & 1);
-      if (row >= p.n) return;
-      const int token_step = p.row_warps * p.k_warps * layout::kLanes / share;
-      for (int token = first_token; token < p.m; token += token_step) {
-        uint32_t at = exchange + (token * share + slot) * kLaneBytes;
+      if (!finishes) return;
+      for (int token = wk; token < p.m; token += k_warps) {
+        uint32_t at = exchange + token * token_bytes + lane * kLaneBytes;
         float v[C::kRowsPerLane] = {};
 #pragma unroll 2
-        for (int source = 0; source < p.cluster; ++source, at += p.m * share * kLaneBytes) {
+        for (int source = 0; source < cluster; ++source, at += p.m * token_bytes) {
           if constexpr (C::kRowsPerLane == 2) {
             const float2 s = load_shared_float2(at);
             v[0] += s.x;

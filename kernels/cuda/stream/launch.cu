@@ -1,6 +1,4 @@
-#include <set>
-#include <utility>
-
+#include "kernels/cuda/cluster_launch.hpp"
 #include "kernels/cuda/stream/launch.cuh"
 
 namespace cutlass_ext::cuda::stream {
@@ -8,16 +6,6 @@ namespace {
 
 bool aligned(const void* pointer, int64_t elements, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && elements * 2 % bytes == 0;
-}
-
-// Shared memory above 48 KB must be allowed for a kernel, once per device.
-cudaError_t allow_shared_memory(const void* function) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  thread_local std::set<std::pair<const void*, int>> allowed;
-  if (!allowed.insert({function, device}).second) return cudaSuccess;
-  const int bytes = device_properties().shared_bytes;
-  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 }  // namespace
@@ -29,8 +17,7 @@ Params params_of(const GemmProblem& problem, int64_t first_token, int tokens) {
   p.scales = static_cast<const uint8_t*>(w.scales);
   p.zeros = static_cast<const uint8_t*>(w.zeros);
   p.x = static_cast<const uint16_t*>(problem.x) + first_token * problem.ldx;
-  p.ldx = problem.ldx;
-  p.x_step = 4 * problem.ldx;
+  p.ldx = static_cast<uint32_t>(problem.ldx);
   p.k = static_cast<int32_t>(w.k);
   p.scale_type = static_cast<int32_t>(w.scale_type);
   p.zero_type = static_cast<int32_t>(w.zero_type);
@@ -57,31 +44,15 @@ Params params_of(const GemmProblem& problem, int64_t first_token, int tokens) {
 }
 
 const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan) {
-  cudaError_t error = allow_shared_memory(function);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.clusters * plan.split.cluster));
-    config.blockDim = dim3(static_cast<unsigned>(plan.split.row_warps * plan.split.k_warps * kThreadsPerWarp));
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(problem.stream);
-    cudaLaunchAttribute attributes[2];
-    if (plan.split.cluster > 1) {
-      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {static_cast<unsigned>(plan.split.cluster), 1, 1};
-    }
-    if (problem.programmatic_launch && device_properties().clusters) {
-      cudaLaunchAttribute& programmatic = attributes[config.numAttrs++];
-      programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      programmatic.val.programmaticStreamSerializationAllowed = 1;
-    }
-    config.attrs = attributes;
-    void* arguments[] = {const_cast<Params*>(&params)};
-    error = cudaLaunchKernelExC(&config, function, arguments);
-  }
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // not to be found by somebody else's check
-  return cudaGetErrorString(error);
+  const auto count = [](int v) { return static_cast<unsigned>(v); };
+  const Split& split = plan.split;
+  const LaunchShape shape{dim3(count(split.cluster), count(plan.clusters)),
+                          dim3(kThreadsPerWarp, count(split.row_warps), count(split.k_warps)),
+                          plan.shared_bytes,
+                          split.cluster,
+                          problem.programmatic_launch && device_properties().clusters,
+                          problem.stream};
+  return cuda::launch(function, shape, static_cast<const void*>(&params));
 }
 
 }  // namespace cutlass_ext::cuda::stream

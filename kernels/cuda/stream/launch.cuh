@@ -14,14 +14,17 @@ template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&stream_kernel<C>),
           {C::kTokenTiles, C::kGroups, C::kRows, C::Codes::kTable, C::kScales == ScaleSource::kResolved,
-           partial_pitch(C::kAtoms), kXPitch, C::kSharedX, C::kStages, C::kWarps}};
+           partial_pitch(C::kAtoms), kXPadding, C::kRing, C::kStageBytes, C::kStages, C::kWarps}};
 }
 
 constexpr int kMaxTokens = 32;  // of a launch
 
 template <class Codes, int kTokenTiles, ScaleSource kScales>
 void add_atoms(Candidates* to) {
-  to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
+  // Where lookups and decoding scales come together four atoms have no registers, and were no faster (nested nf4, M =
+  // 1: 14.6 us with four, 14.2 with two at 8192 x 8192; H200, 2026-11-21).
+  constexpr bool kDecoded = kScales == ScaleSource::kNested || kScales == ScaleSource::kResolved;
+  if constexpr (!(Codes::kTable && kDecoded)) to->add(compiled<Config<Codes, 4, kTokenTiles, 1, kScales>>());
   to->add(compiled<Config<Codes, 2, kTokenTiles, 1, kScales>>());
   // One atom a warp, for small weights: more than 16 tokens are compute-bound with it.
   if constexpr (kTokenTiles <= 2) to->add(compiled<Config<Codes, 1, kTokenTiles, 1, kScales>>());
@@ -45,6 +48,10 @@ Candidates candidates_for(const Weight& w) {
     add_atoms<Codes, kTokenTiles, ScaleSource::kFp32>(&found);
   } else if (w.zero_type == ZeroType::kNone && w.scale_type == own_scale<Codes>()) {
     add_atoms<Codes, kTokenTiles, ScaleSource::k16Bit>(&found);
+  } else if (w.zero_type == ZeroType::kNone && w.scale_type == ScaleType::kNested) {
+    add_atoms<Codes, kTokenTiles, ScaleSource::kNested>(&found);
+  } else if (w.scale_type == own_scale<Codes>()) {
+    add_atoms<Codes, kTokenTiles, ScaleSource::k16BitZeros>(&found);
   } else {
     add_atoms<Codes, kTokenTiles, ScaleSource::kResolved>(&found);
   }
@@ -69,14 +76,20 @@ template <class Codes>
 void start_integers(const Weight& w, Params* p) {
   const float bias = static_cast<float>(w.bias);
   const float low = Codes::kMagic + bias, high = Codes::kMagic + Codes::kHighRows * bias;
+  const bool zeros = w.zero_type != ZeroType::kNone;
   const auto pair = [](float v) {  // exact in both types
     const bool fp16 = std::is_same_v<typename Codes::T, __half>;
     return (fp16 ? float_to_fp16(v) : float_to_bf16(v)) * 0x10001u;
   };
-  p->start_low = pair(-low);
-  p->start_high = pair(-high);
-  p->zero_low = 1 / low;
-  p->zero_high = Codes::kHighRows / high;
+  p->start_low = pair(zeros ? -1 : -low);
+  p->start_high = pair(zeros ? -1 : -high);
+  if (w.zero_type == ZeroType::kInteger) {
+    p->zero_offset_low = low - kIntegerZero;
+    p->zero_offset_high = high - Codes::kHighRows * kIntegerZero;
+  } else {
+    p->start_offset_low = low;
+    p->start_offset_high = high;
+  }
 }
 
 // The best factor of a format's own codebook: found once for all of them.
@@ -110,8 +123,9 @@ float factor_for(const float* codebook) {
 
 template <class Codes>
 const char* gemm(const GemmProblem& problem) {
-  for (int64_t token = 0; token < problem.m; token += kMaxTokens) {
-    const int tokens = static_cast<int>(problem.m - token < kMaxTokens ? problem.m - token : kMaxTokens);
+  const int64_t most = problem.ldx <= UINT32_MAX ? kMaxTokens : 1;  // a kernel's distance of rows has 32 bits
+  for (int64_t token = 0; token < problem.m; token += most) {
+    const int tokens = static_cast<int>(problem.m - token < most ? problem.m - token : most);
     const Candidates candidates = candidates_for<Codes>(problem.weight, tokens);
     Params params = params_of(problem, token, tokens);
     if constexpr (Codes::kTable) {

@@ -15,10 +15,11 @@ struct KernelTraits {
   bool pair_table;    // codebooks
   bool resolves;      // scales go through a region of the warp
   int partial_pitch;  // bytes between tokens of a warp's sums
-  int x_pitch;        // bytes of a token in a stage
-  bool shared_x;      // row warps share a ring of x
-  int stages;         // of a ring
-  int warps;          // of a CTA, at most
+  int x_padding;      // bytes between the tokens of x
+  uint32_t ring_at;   // shared address of the first ring
+  int stage_bytes;
+  int stages;  // of a ring
+  int warps;   // of a CTA, at most
 };
 
 struct Compiled {

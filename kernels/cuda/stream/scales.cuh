@@ -13,60 +13,97 @@ namespace cutlass_ext::cuda::stream {
 
 // Where the main loop finds them.
 enum class ScaleSource {
-  kFp32,      // in the stage, as they are
-  k16Bit,     // the same in the type of x
-  kResolved,  // every type, and zero points: first converted to fp32 in a region of the warp, two rows a lane
+  kFp32,        // in the stage, as they are
+  k16Bit,       // the same in the type of x
+  k16BitZeros,  // the same, and zero points: integers or of x's type
+  kNested,      // codes in the stage, decoded by each lane
+  kResolved,    // every type: first converted to fp32 in a region of the warp, two rows a lane
 };
+
+constexpr bool has_zeros(ScaleSource source, bool integers) {
+  return source == ScaleSource::k16BitZeros || (source == ScaleSource::kResolved && integers);
+}
+// Bytes of a scale in a stage, at most.
+constexpr int scale_bytes_of(ScaleSource source) {
+  return source == ScaleSource::kNested                                        ? 1
+         : source == ScaleSource::k16Bit || source == ScaleSource::k16BitZeros ? 2
+                                                                               : 4;
+}
+
+// The map of nested scales where each lane decodes its own: every entry eight times, so that the eight rows of a load
+// fall on different banks.
+constexpr int kLogMapEntryBytes = 5;
+constexpr int kMapEntryBytes = 1 << kLogMapEntryBytes;
 
 template <class C>
 class Scales {
  public:
   using Codes = typename C::Codes;
+  using T = typename C::T;
   static constexpr bool kResolve = C::kScales == ScaleSource::kResolved;
-  static constexpr bool kZeros = kResolve && !Codes::kTable;
+  static constexpr bool kNestedDirect = C::kScales == ScaleSource::kNested;
+  static constexpr bool kZeros = has_zeros(C::kScales, !Codes::kTable);
   static constexpr int kGroupScales = C::kGroups * layout::kBlockRows;  // of a block
+  static constexpr int kRows = 2 * C::kAtoms;                           // of a lane
 
-  __device__ __forceinline__ void start(const Params& p, uint32_t window, int lane, int warp) {
-    if constexpr (kResolve) {
-      resolved = window + p.resolved_at + warp * resolved_bytes(p.zero_bytes != 0);
+  // Requests nothing from x or y: may run before the grid dependency.
+  __device__ __forceinline__ void start(const Params& p, uint32_t window, int lane, int warp, int threads) {
+    if constexpr (kResolve) resolved = window + p.resolved_at + warp * resolved_bytes(p.zero_bytes != 0);
+    if constexpr (kNestedDirect) {
+      nested_offset = *p.nested_offset;
+      nested_lane = window | (lane >> 2) * 4;
+      // Thread i: half of an entry's copies.
+      for (int i = warp * layout::kLanes + lane; i < 2 * kNestedMapSize; i += threads) {
+        const uint32_t v = __float_as_uint(p.nested_map[i >> 1]);
+        store_shared_16(window + C::kMapAt + i * (kMapEntryBytes / 2), make_uint4(v, v, v, v));
+      }
+    } else if constexpr (kResolve) {
       nested_map = window + p.nested_map_at;
       if (p.scale_type == int(ScaleType::kNested)) {
         nested_offset = *p.nested_offset;
-        for (int i = threadIdx.x; i < kNestedMapSize; i += blockDim.x) {
+        for (int i = warp * layout::kLanes + lane; i < kNestedMapSize; i += threads) {
           store_shared_float(nested_map + i * 4, p.nested_map[i]);
         }
       }
     }
   }
 
-  // Nested: requests the second-level scales of the unit's first groups, which are there when they are needed.
-  __device__ __forceinline__ void start_unit(const Params& p, int unit, int block, int lane) {
-    position = (lane >> 2) * 8 + unit % C::kUnitsPerSlab * (2 * C::kAtoms);
+  __device__ __forceinline__ void start_unit(const Params& p, uint32_t unit, int block, int lane) {
+    position = (lane >> 2) * 8 + unit % C::kUnitsPerSlab * kRows;
+    if constexpr (kNestedDirect) {
+      first_row = unit * C::kRows + (lane >> 2);
+      refresh(p, block >> p.group_shift);
+    }
     if constexpr (kResolve) {
       if (p.scale_type != int(ScaleType::kNested)) return;
+      // The second-level scales of the first groups are there when they are needed.
       const int slab = unit / C::kUnitsPerSlab;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // Rows behind N are padding: any group that exists.
-        nested_row[i] = min(slab * layout::kBlockRows + layout::scale_row(2 * lane + i), p.n - 1);
-        nested_at[i] = nested_index(p, i, (block >> p.group_shift) * C::kGroups);
-        nested[i] = __ldg(p.nested_absmax + nested_at[i]);
+        pair_row[i] = slab * layout::kBlockRows + layout::scale_row(2 * lane + i);
+        pair_at[i] = nested_index(p, pair_row[i], (block >> p.group_shift) * C::kGroups);
+        pair_absmax[i] = __ldg(p.nested_absmax + pair_at[i]);
       }
     }
   }
 
-  // Converts the scales and zeros of a stage, which stand at `raw`.
+  // Prepares the scales and zeros of the stage at `raw`.
   __device__ __forceinline__ void resolve(const Params& p, uint32_t raw, int block, int lane) {
+    if constexpr (kNestedDirect) {
+      const int group = block >> p.group_shift;
+      if (group >= nested_until) refresh(p, group);
+    }
     if constexpr (kResolve) {
 #pragma unroll
       for (int group = 0; group < C::kGroups; ++group) {
         const int at = group * layout::kBlockRows + 2 * lane;
-        const float2 scale = p.scale_type == int(ScaleType::kNested)
-                                 ? nested_pair(p, raw + at, (block >> p.group_shift) * C::kGroups + group)
-                                 : scale_pair(p, raw + at * p.scale_bytes);
+        const float2 scale =
+            p.scale_type == int(ScaleType::kNested)
+                ? nested_pair(p, raw + C::kScalesAt + at, (block >> p.group_shift) * C::kGroups + group)
+                : scale_pair(p, raw + C::kScalesAt + at * p.scale_bytes);
         store_shared_float2(resolved + at * 4, scale);
         if (kZeros && p.zero_bytes != 0) {
-          const uint32_t from = raw + p.group_scale_bytes + at * p.zero_bytes;
+          const uint32_t from = raw + C::kZerosAt + at * p.zero_bytes;
           store_shared_float2(resolved + (kGroupScales + at) * 4, zero_pair(p, from));
         }
       }
@@ -74,49 +111,71 @@ class Scales {
     }
   }
 
-  // The scales of one group of a lane, as they are stored: those of 16 bits are converted when they are used, which
-  // saves registers.
+  // The scales of one group of a lane, as they are stored: decoding them when they are used saves registers.
   struct Group {
-    static constexpr int kWords = C::kScales == ScaleSource::k16Bit ? C::kAtoms : 2 * C::kAtoms;
+    static constexpr bool k16 = C::kScales == ScaleSource::k16Bit || C::kScales == ScaleSource::k16BitZeros;
+    static constexpr int kWords = kNestedDirect ? (kRows + 3) / 4 : k16 ? C::kAtoms : kRows;
     uint32_t words[kWords];
-
-    // Of an atom's rows g and g + 8.
-    __device__ __forceinline__ float2 of(int atom) const {
-      float2 pair;
-      if constexpr (C::kScales == ScaleSource::k16Bit) {
-        pair = unpack_pair<typename C::T>(words[atom]);
-      } else {
-        pair = {__uint_as_float(words[2 * atom]), __uint_as_float(words[2 * atom + 1])};
-      }
-      if constexpr (Codes::kHighRows != 1) pair.y *= 1 / Codes::kHighRows;
-      return pair;
-    }
   };
 
   __device__ __forceinline__ Group load(uint32_t raw, int group) const {
-    const int at = group * layout::kBlockRows + position;
-    const uint32_t from = C::kScales == ScaleSource::k16Bit ? raw + at * 2 : (kResolve ? resolved : raw) + at * 4;
     Group loaded;
-    if constexpr (Group::kWords == 1) {
-      loaded.words[0] = load_shared_4(from);
-    } else if constexpr (Group::kWords == 2) {
-      const uint2 v = load_shared_8(from);
-      loaded.words[0] = v.x, loaded.words[1] = v.y;
+    if constexpr (kNestedDirect) {
+      load_bytes(raw + C::kScalesAt + position, loaded.words);
     } else {
-#pragma unroll
-      for (int i = 0; i < Group::kWords; i += 4) {
-        const uint4 v = load_shared_16(from + i * 4);
-        loaded.words[i] = v.x, loaded.words[i + 1] = v.y, loaded.words[i + 2] = v.z, loaded.words[i + 3] = v.w;
-      }
+      const int at = group * layout::kBlockRows + position;
+      const uint32_t from = kResolve ? resolved + at * 4 : raw + C::kScalesAt + at * (Group::k16 ? 2 : 4);
+      load_words(from, loaded.words);
     }
     return loaded;
   }
 
-  // Zero points of an atom's rows g and g + 8, as multiples of the accumulators' start.
-  __device__ __forceinline__ float2 load_zero(const Params& p, int group, int atom) const {
-    const int at = kGroupScales + group * layout::kBlockRows + position + 2 * atom;
-    const float2 zero = load_shared_float2(resolved + at * 4);
-    return {zero.x * p.zero_low, zero.y * p.zero_high};
+  // Of an atom's rows g and g + 8.
+  __device__ __forceinline__ float2 scale_of(const Group& group, int atom) const {
+    float2 pair;
+    if constexpr (kNestedDirect) {
+      pair = {nested_scale(group, 2 * atom), nested_scale(group, 2 * atom + 1)};
+    } else if constexpr (Group::k16) {
+      pair = unpack_pair<T>(group.words[atom]);
+    } else {
+      pair = {__uint_as_float(group.words[2 * atom]), __uint_as_float(group.words[2 * atom + 1])};
+    }
+    if constexpr (Codes::kHighRows != 1) pair.y *= 1 / Codes::kHighRows;
+    return pair;
+  }
+
+  // The zero points of one group of a lane.
+  struct Zeros {
+    uint32_t words[kResolve ? kRows : C::kAtoms];
+  };
+
+  __device__ __forceinline__ Zeros load_zeros(const Params& p, uint32_t raw, int group) const {
+    Zeros loaded;
+    const int at = group * layout::kBlockRows + position;
+    if constexpr (kResolve) {
+      load_words(resolved + (kGroupScales + at) * 4, loaded.words);
+    } else if (p.zero_type == int(ZeroType::kInteger)) {
+      uint32_t bytes[(kRows + 3) / 4];
+      load_bytes(raw + C::kZerosAt + at, bytes);
+#pragma unroll
+      for (int i = 0; i < C::kAtoms; ++i) loaded.words[i] = bytes[i / 2] >> (16 * (i % 2));
+    } else {
+      load_words(raw + C::kZerosAt + at * 2, loaded.words);
+    }
+    return loaded;
+  }
+
+  // What the start of an atom's rows g and g + 8 is multiplied with: codes.cuh.
+  __device__ __forceinline__ float2 start_factor(const Params& p, const Zeros& zeros, int atom) const {
+    float2 zero;
+    if constexpr (kResolve) {  // integers: 2^23 + z, as below
+      zero = {__uint_as_float(zeros.words[2 * atom]), __uint_as_float(zeros.words[2 * atom + 1])};
+    } else if (p.zero_type == int(ZeroType::kInteger)) {
+      zero = bytes_above_2_to_23(zeros.words[atom]);
+    } else {
+      zero = unpack_pair<T>(zeros.words[atom]);
+    }
+    return {zero.x + p.zero_offset_low, zero.y * Codes::kHighRows + p.zero_offset_high};
   }
 
   static constexpr __host__ __device__ int resolved_bytes(bool zeros) { return kGroupScales * 4 * (zeros ? 2 : 1); }
@@ -124,10 +183,56 @@ class Scales {
  private:
   int position;  // of the lane's first scale in a group
   uint32_t resolved, nested_map;
-  int nested_row[2];  // the rows that this lane converts
-  int nested_at[2];   // index of nested[]
-  float nested[2];
+  uint32_t nested_lane;  // window and offset in an entry
   float nested_offset;
+  // Decoded by each lane: its rows are every eighth from the first; their second-level scales hold up to a group.
+  int first_row;
+  float nested_absmax[kRows];
+  int nested_until;
+  // Decoded by pairs.
+  int pair_row[2];
+  int pair_at[2];  // index of pair_absmax[]
+  float pair_absmax[2];
+
+  __device__ __forceinline__ float nested_scale(const Group& group, int row) const {
+    const int shift = kLogMapEntryBytes - 8 * (row % 4);  // the code to the place of an entry's address
+    const uint32_t word = group.words[row / 4];
+    const uint32_t entry = (shift > 0 ? word << shift : word >> -shift) & 255 * kMapEntryBytes;
+    const float value = load_shared_float((entry | nested_lane) + C::kMapAt);
+    return fmaf(value, nested_absmax[row], nested_offset);
+  }
+
+  template <int kWords>
+  __device__ __forceinline__ static void load_words(uint32_t from, uint32_t (&words)[kWords]) {
+    if constexpr (kWords == 1) {
+      words[0] = load_shared_4(from);
+    } else if constexpr (kWords == 2) {
+      const uint2 v = load_shared_8(from);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        const uint4 v = load_shared_16(from + i * 4);
+        words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+      }
+    }
+  }
+
+  // A byte for each of the lane's rows.
+  template <int kWords>
+  __device__ __forceinline__ static void load_bytes(uint32_t from, uint32_t (&words)[kWords]) {
+    if constexpr (kRows == 2) {
+      words[0] = load_shared_2(from);
+    } else {
+      load_words(from, words);
+    }
+  }
+
+  // 2^23 and the two low bytes, which are its last mantissa bits then.
+  __device__ __forceinline__ static float2 bytes_above_2_to_23(uint32_t word) {
+    return {__uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650)),
+            __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7651))};
+  }
 
   __device__ __forceinline__ static float byte_scale(const Params& p, uint32_t byte) {
     if (p.scale_type == int(ScaleType::kE4M4)) return e4m4_to_float(uint8_t(byte));
@@ -148,12 +253,26 @@ class Scales {
 
   __device__ __forceinline__ static float2 zero_pair(const Params& p, uint32_t from) {
     if (p.zero_type != int(ZeroType::kInteger)) return scale_pair(p, from);
-    const uint32_t pair = load_shared_2(from);
-    return {float(pair & 255), float(pair >> 8)};
+    return bytes_above_2_to_23(load_shared_2(from));
   }
 
-  __device__ __forceinline__ int nested_index(const Params& p, int i, int group) const {
-    return int((int64_t(nested_row[i]) * p.groups + min(group, p.groups - 1)) / kNestedBlock);
+  // Rows and groups behind the weight are padding: any that exist.
+  __device__ __forceinline__ static int nested_index(const Params& p, int row, int group) {
+    return int((int64_t(min(row, p.n - 1)) * p.groups + min(group, p.groups - 1)) / kNestedBlock);
+  }
+
+  // Seldom called: a second-level scale covers 256 groups of a row.
+  __device__ __forceinline__ void refresh(const Params& p, int group) {
+    nested_until = INT32_MAX;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = min(first_row + 8 * i, p.n - 1);
+      const int at = nested_index(p, row, group);
+      nested_absmax[i] = __ldg(p.nested_absmax + at);
+      // Where the padding repeats a group this lies behind K.
+      const int64_t next = (int64_t(at) + 1) * kNestedBlock - int64_t(row) * p.groups;
+      nested_until = min(nested_until, int(min(next, int64_t(INT32_MAX))));
+    }
   }
 
   __device__ __forceinline__ float2 nested_pair(const Params& p, uint32_t from, int group) {
@@ -161,13 +280,13 @@ class Scales {
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = nested_index(p, i, group);
-      if (at != nested_at[i]) {  // seldom: a second-level scale covers 256 groups of a row
-        nested_at[i] = at;
-        nested[i] = __ldg(p.nested_absmax + at);
+      const int at = nested_index(p, pair_row[i], group);
+      if (at != pair_at[i]) {
+        pair_at[i] = at;
+        pair_absmax[i] = __ldg(p.nested_absmax + at);
       }
       const uint32_t code = i == 0 ? pair & 255 : pair >> 8;
-      scale[i] = multiply_then_add(load_shared_float(nested_map + code * 4), nested[i], nested_offset);
+      scale[i] = multiply_then_add(load_shared_float(nested_map + code * 4), pair_absmax[i], nested_offset);
     }
     return {scale[0], scale[1]};
   }

@@ -2,9 +2,8 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <set>
-#include <utility>
 
+#include "kernels/cuda/cluster_launch.hpp"
 #include "kernels/cuda/launch.hpp"
 #include "kernels/cuda/wgmma/launch.cuh"
 #include "kernels/decode.hpp"
@@ -13,16 +12,6 @@ namespace cutlass_ext::cuda::wgmma {
 namespace {
 
 constexpr int kMaxDevices = 64;
-
-// Shared memory above 48 KB must be allowed for a kernel, once per device.
-cudaError_t allow_shared_memory(const void* function) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  thread_local std::set<std::pair<const void*, int>> allowed;
-  if (!allowed.insert({function, device}).second) return cudaSuccess;
-  const int bytes = device_properties().shared_bytes;
-  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -34,7 +23,8 @@ EncodeTiled encode_tiled() {
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
     if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
+                                                                         : nullptr;
   }();
   return function;
 }
@@ -76,8 +66,9 @@ bool encode_groups(const GemmProblem& problem, const void* data, int bytes, int 
                    CUtensorMap* map) {
   const Weight& w = problem.weight;
   const int64_t slab_bytes = layout::packed_groups(w.k, w.group_size) * layout::kBlockRows * bytes;
-  return encode(data, {kPieceType, slab_bytes / kPieceBytes, p.slabs, 0, slab_bytes, 0, box_pieces, p.slabs_per_cta, 1,
-                       CU_TENSOR_MAP_SWIZZLE_NONE},
+  return encode(data,
+                {kPieceType, slab_bytes / kPieceBytes, p.slabs, 0, slab_bytes, 0, box_pieces, p.slabs_per_cta, 1,
+                 CU_TENSOR_MAP_SWIZZLE_NONE},
                 map);
 }
 
@@ -88,8 +79,8 @@ bool encode_x(const GemmProblem& problem, int box_tokens, CUtensorMap* map) {
       problem.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // One token has no stride, but must be given one.
   const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(k, 8) * 8;
-  return encode(problem.x, {type, k, problem.m, 0, ldx * 2, 0, layout::kBlockK, box_tokens, 1, CU_TENSOR_MAP_SWIZZLE_128B},
-                map);
+  return encode(problem.x,
+                {type, k, problem.m, 0, ldx * 2, 0, layout::kBlockK, box_tokens, 1, CU_TENSOR_MAP_SWIZZLE_128B}, map);
 }
 
 bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
@@ -97,8 +88,7 @@ bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, A
   return encode_tiled() != nullptr && encode_x(problem, plan.box_tokens, &to->x) &&
          encode_codes(problem, p, plan, &to->codes) &&
          encode_groups(problem, w.scales, p.scale_bytes, p.group_scale_pieces, p, &to->scales) &&
-         (p.zero_bytes == 0 ||
-          encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));
+         (p.zero_bytes == 0 || encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));
 }
 
 }  // namespace
@@ -167,32 +157,14 @@ const char* launch(const void* function, const GemmProblem& problem, const Param
   arguments.token_tiles = cutlass::FastDivmod(params.token_tiles);
   arguments.params = params;
   if (!encode_all(problem, params, plan, &arguments)) return "cuTensorMapEncodeTiled refuses x or the weight";
-  cudaError_t error = allow_shared_memory(function);
-  if (error == cudaSuccess) {
-    const int cluster = plan.split.cluster_n * plan.split.cluster_k;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.clusters * cluster));
-    config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(problem.stream);
-    cudaLaunchAttribute attributes[2];
-    if (cluster > 1) {
-      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    }
-    if (problem.programmatic_launch) {
-      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attribute.val.programmaticStreamSerializationAllowed = 1;
-    }
-    config.attrs = attributes;
-    void* values[] = {&arguments};
-    error = cudaLaunchKernelExC(&config, function, values);
-  }
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // not to be found by somebody else's check
-  return cudaGetErrorString(error);
+  const int cluster = plan.split.cluster_n * plan.split.cluster_k;
+  const LaunchShape shape{dim3(static_cast<unsigned>(plan.clusters * cluster)),
+                          dim3(static_cast<unsigned>(plan.threads)),
+                          plan.shared_bytes,
+                          cluster,
+                          problem.programmatic_launch,
+                          problem.stream};
+  return cuda::launch(function, shape, static_cast<const void*>(&arguments));
 }
 
 }  // namespace cutlass_ext::cuda::wgmma
