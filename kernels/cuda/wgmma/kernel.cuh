@@ -1,20 +1,21 @@
 // The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
-// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage is
+// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage
+// is
 //          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
 //          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
 // Scales   Three more warps make scales of any type what decode multiplies with.
-// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the step
+// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the
+// step
 //          before run: two sets of registers, and one group of MMAs always in flight.
 // Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
-//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which each
-//          CTA adds the tokens it stores. Every sum is added in one fixed order.
+//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which
+//          each CTA adds the tokens it stores. Every sum is added in one fixed order.
 // Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
 #pragma once
 
 #include <cuda.h>
-
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/fast_math.h>
@@ -50,9 +51,9 @@ template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
 struct Config {
   using Codes = Codes_;
   using T = typename Codes::T;
-  static constexpr int kTokens = kTokens_;          // of a tile
-  static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
+  static constexpr int kTokens = kTokens_;                // of a tile
+  static constexpr int kRowTiles = kRowTiles_;            // slabs of a warpgroup
+  static constexpr int kWarpgroups = kWarpgroups_;        // that multiply, at most
   static constexpr int kBlocks = kTokens <= 128 ? 2 : 1;  // of a chunk: with 256 tokens x takes 32 KB a block
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
@@ -61,9 +62,9 @@ struct Config {
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
   using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
-  using Atom = decltype(cute::GMMA::rs_op_selector<
-Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>, cute::GMMA::Major::K,
-                        cute::GMMA::Major::K>());
+  using Atom =
+      decltype(cute::GMMA::rs_op_selector<Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>,
+                                          cute::GMMA::Major::K, cute::GMMA::Major::K>());
 };
 
 // Runs through the stages of the ring, over all tiles.
@@ -174,7 +175,8 @@ class Kernel {
     store_shared_byte(shared + p.codebook_at + kCodebookSize + i, bits >> 8);
   }
 
-  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16 bits.
+  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16
+  // bits.
   __device__ __forceinline__ static void store_shared_byte(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory");
   }
@@ -215,8 +217,8 @@ class Kernel {
 
   // ---- copies
 
-  // Before anything else, by the thread that copies: its barriers, and the weights of the first chunks, which do not depend
-  // on the kernel before.
+  // Before anything else, by the thread that copies: its barriers, and the weights of the first chunks, which do not
+  // depend on the kernel before.
   __device__ __forceinline__ int start() const {
     prefetch(arguments.codes);
     prefetch(arguments.scales);
@@ -376,8 +378,7 @@ class Kernel {
 
     __device__ __forceinline__ void operator()(int stage) const {
       if (arrives) {
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8)
-                     : "memory");
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8) : "memory");
       }
     }
   };
@@ -421,8 +422,7 @@ class Kernel {
   __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
                                                 RingPosition& at, Sums& sums) const {
     // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
-    const uint32_t codes_at =
-        p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
+    const uint32_t codes_at = p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
     constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
     const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
     const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
@@ -502,8 +502,8 @@ class Kernel {
         }
         cute::warpgroup_commit_batch();
         const bool last_block = i + 2 >= kHalves;
-        // While the first half of a block is multiplied, the next block's codes are on their way; where groups change within
-        // a block, its second half still reads scales of its own.
+        // While the first half of a block is multiplied, the next block's codes are on their way; where groups change
+        // within a block, its second half still reads scales of its own.
         if (half == (Codes::kFine ? 1 : 0)) {
           if (!last_block) {
             fetch((i + 2) / 2 / C::kBlocks, (i + 2) / 2 % C::kBlocks);
@@ -557,15 +557,16 @@ class Kernel {
     const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
     sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
     const uint32_t mine =
-        shared + p.ring_at + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+        shared + p.ring_at +
+        (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const float* v = sums.v[r] + 4 * q;
-        store_shared_16(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
-                        make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                                   __float_as_uint(v[3])));
+        store_shared_16(
+            mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+            make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
       }
     cute::cluster_arrive();
     cute::cluster_wait();
@@ -577,8 +578,8 @@ class Kernel {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           if (!stores(q / 2)) continue;
-          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
-                                              source * p.cluster_n + rank_n);
+          const float4 v =
+              load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source * p.cluster_n + rank_n);
           float* to = sums.v[r] + 4 * q;
           to[0] += v.x;
           to[1] += v.y;
@@ -631,14 +632,14 @@ class Kernel {
           const int piece = thread % 8;
           const int y_token = first_token + first_unit * kUnitTokens + token;
           if (!stores(first_unit + u) || y_token >= p.m) continue;
-          store_piece(y_token, slab_row + piece * 8,
-                      load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes +
-                                     (piece ^ (token & 7)) * 16));
+          store_piece(
+              y_token, slab_row + piece * 8,
+              load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes + (piece ^ (token & 7)) * 16));
         }
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
-    if (p.cluster_k > 1) {  // everyone has read this CTA's sums
+    if (p.cluster_k > 1) {      // everyone has read this CTA's sums
       cute::tma_store_fence();  // the next copies into the ring come from another proxy
       cluster_wait_for_all();
     }

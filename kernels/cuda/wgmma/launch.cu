@@ -95,7 +95,7 @@ bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, A
 
 bool runs_here(const void* function) {
 #ifdef CX_SM90A
-  enum : char { kUnknown, kNo, kYes };
+  enum : char { kUnknown, kCannot, kCan };
   static std::atomic<char> known[kMaxDevices];
   int device = 0;
   if (!device_available() || cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) {
@@ -108,9 +108,9 @@ bool runs_here(const void* function) {
     if (!loads) cudaGetLastError();
     // What PTX was compiled for decides too: sm_80 code has no wgmma.
     const bool hopper = loads && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
-    known[device] = hopper && encode_tiled() != nullptr ? kYes : kNo;
+    known[device] = hopper && encode_tiled() != nullptr ? kCan : kCannot;
   }
-  return known[device] == kYes;
+  return known[device] == kCan;
 #else
   (void)function;
   return false;

@@ -24,7 +24,8 @@ double cost_of(const KernelTraits& kernel, const Params& p) {
     int tokens;
     double block, slab, table_block, table_slab;
   };
-  constexpr Times kTimes[] = {{32, 50, 88, 60, 140}, {64, 50, 104, 60, 145}, {128, 40, 160, 50, 250}, {256, 20, 320, 50, 350}};
+  constexpr Times kTimes[] = {
+      {32, 50, 88, 60, 140}, {64, 50, 104, 60, 145}, {128, 40, 160, 50, 250}, {256, 20, 320, 50, 350}};
   const Times* times = kTimes;
   while (times->tokens < kernel.tokens) ++times;
   const double sums = double(kernel.tokens) * p.slabs_per_cta;  // in units of 64 rows
@@ -93,7 +94,8 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
   uint32_t at = p.ring_at + p.stages * p.stage_bytes;
   // Parts of K leave their sums in the ring.
-  if (split.cluster_k > 1) at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
+  if (split.cluster_k > 1)
+    at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
   p.output_at = at = align(at, 128);
   at += output_bytes;
   p.codebook_at = at;
@@ -178,11 +180,16 @@ const Compiled* choose_plan(const GemmProblem& problem, const Candidates& candid
   }
   const Compiled* kernel = search(problem, candidates, device, params, plan);
   if (kernel != nullptr) {
-    choice = {&device,      candidates.kernels[0].function,
-              w.n,          w.k,
-              problem.m,    w.group_size,
-              w.scale_type, w.zero_type,
-              static_cast<int>(kernel - candidates.kernels), plan->split};
+    choice = {&device,
+              candidates.kernels[0].function,
+              w.n,
+              w.k,
+              problem.m,
+              w.group_size,
+              w.scale_type,
+              w.zero_type,
+              static_cast<int>(kernel - candidates.kernels),
+              plan->split};
   }
   return kernel;
 }
