@@ -2,13 +2,11 @@
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
 // Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage
-// is
-//          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
-//          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
-// Scales   Three more warps make scales of any type what decode multiplies with.
-// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the
-// step
-//          before run: two sets of registers, and one group of MMAs always in flight.
+//          is a chunk, one or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
+//          scales and zeros of the CTA's 64-row slabs (TMA too: a map's rows are slabs, a box has all of the CTA's).
+// Scales   Three more warps make of scales of any type what decode multiplies with.
+// Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
+//          half before run: two sets of registers, and one group of MMAs always in flight.
 // Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
 //          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which
 //          each CTA adds the tokens it stores. Every sum is added in one fixed order.

@@ -1,4 +1,4 @@
-// What a launch of the wgmma kernel gets beside the tensor map of x: the problem in kernel terms, and the plan.
+// What a launch of the wgmma kernel gets beside tensor maps: the problem in kernel terms, and the plan.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Params {
   uint32_t stage_bytes, copy_bytes;  // of a stage; of what is copied into it
   uint32_t codes_at, scales_at, zeros_at;
   uint32_t resolved_at, resolved_bytes;           // scales.cuh: behind what is copied; 64-row slabs' groups of a kind
-  bool has_rest;                                  // zeros have more bits than x's type
+  bool has_rest;                                  // floating-point zeros of another type than x's
   int32_t groups_in_chunk;                        // 1, 2, 4, 8
   int32_t group_steps;                            // k16 steps of a group, at most those of a chunk
   int32_t group_shift;                            // log2(chunks of a group); 31 for one group
