@@ -6,7 +6,24 @@ of a layer. ``docs/loading.md`` says for each format what is exact, and what is 
 
 from ._awq import awq
 from ._bitsandbytes import bitsandbytes
+from ._compressed_tensors import compressed_tensors
+from ._fp4 import mxfp4, mxfp4_experts, nvfp4
 from ._gptq import gptq
+from ._hqq import hqq
 from ._layer import LoadedLayer, LoadError
+from ._torchao import tinygemm, torchao
 
-__all__ = ["LoadError", "LoadedLayer", "awq", "bitsandbytes", "gptq"]
+__all__ = [
+    "LoadError",
+    "LoadedLayer",
+    "awq",
+    "bitsandbytes",
+    "compressed_tensors",
+    "gptq",
+    "hqq",
+    "mxfp4",
+    "mxfp4_experts",
+    "nvfp4",
+    "tinygemm",
+    "torchao",
+]

@@ -23,7 +23,9 @@ def words_to_stream(words: torch.Tensor, count: int, bits: int) -> torch.Tensor:
 
     Bits behind the last code are zero in the result.
     """
-    stream = words.contiguous().view(torch.uint8)[:, : row_bytes(count, bits)].clone()
+    rows = words.shape[0]
+    # Flat first: a contiguous tensor with a dimension of one may have strides that view() does not take.
+    stream = words.reshape(-1).view(torch.uint8).view(rows, -1)[:, : row_bytes(count, bits)].clone()
     used = count * bits % 8
     if used:
         stream[:, -1] &= (1 << used) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -90,9 +90,13 @@ class Parts:
             self.refuse(name, "expected finite values, got NaN or Inf")
         return tensor
 
+    def raw(self, name: str) -> Any:
+        """A stored setting as it is: a tensor, a Python value, or None."""
+        return self._tensors.get(self._prefix + name)
+
     def value(self, name: str) -> object:
         """A stored setting: the Python number of a tensor of one element, else the text of its bytes."""
-        stored: object = self._tensors.get(self._prefix + name)
+        stored = self.raw(name)
         if not isinstance(stored, torch.Tensor):
             return stored
         if stored.dim() == 0 or stored.numel() == 1:
