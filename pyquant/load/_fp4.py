@@ -134,9 +134,7 @@ def _reciprocal(scales: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor | N
     return None
 
 
-def _quotients(
-    codes: torch.Tensor, scales: torch.Tensor, divisor: torch.Tensor, n: int, k: int
-) -> QuantizedWeight:
+def _quotients(codes: torch.Tensor, scales: torch.Tensor, divisor: torch.Tensor, n: int, k: int) -> QuantizedWeight:
     codebook = torch.tensor(FORMATS["nvfp4"].codebook, device=codes.device)
     quotients = decode_e4m3(scales) / divisor
     return QuantizedWeight(

@@ -59,7 +59,15 @@ def hqq(tensors: Mapping[str, torch.Tensor], prefix: str) -> LoadedLayer:
         scales, zeros = scales.float(), zeros.float()
     codes = pack_codes(_codes(parts, str(packing), rows, size).view(n, k), 4)
     weight = QuantizedWeight(
-        FORMATS["uint4"], n, k, size, scale_type_of(scales), ZeroType.FLOAT, codes, scales.view(n, -1), zeros.view(n, -1)
+        FORMATS["uint4"],
+        n,
+        k,
+        size,
+        scale_type_of(scales),
+        ZeroType.FLOAT,
+        codes,
+        scales.view(n, -1),
+        zeros.view(n, -1),
     )
     return LoadedLayer(parts.checked(weight), parts.bias(n))
 

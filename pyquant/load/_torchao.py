@@ -122,9 +122,10 @@ def _weight(
         )  # fmt: skip
     if bool(((scales == 0) & (zeros != 0)).any()):
         parts.refuse("weight", "a scale of 0 with a zero point other than 0: no code stands for its weights")
-    offsets = torch.where(scales == 0, torch.zeros_like(zeros), zeros).double() / torch.where(
-        scales == 0, torch.ones_like(scales), scales
-    ).double()
+    offsets = (
+        torch.where(scales == 0, torch.zeros_like(zeros), zeros).double()
+        / torch.where(scales == 0, torch.ones_like(scales), scales).double()
+    )
     return parts.checked(
         QuantizedWeight(
             FORMATS["uint4"], stream.shape[0], k, group_size, scale_type_of(scales.float()), ZeroType.FLOAT,

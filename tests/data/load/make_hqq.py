@@ -32,7 +32,9 @@ for name, (bits, group_size, axis, view_as_float, compute_dtype, n, k) in CASES.
     dtype = str(compute_dtype).removeprefix("torch.")
     tensors[f"expected.{name}.{dtype}"] = layer.dequantize().detach()
     # The same stored values in fp32 arithmetic, which rounds once.
-    meta = dict(layer.meta, compute_dtype=torch.float32, scale=layer.meta["scale"].float(), zero=layer.meta["zero"].float())
+    meta = dict(
+        layer.meta, compute_dtype=torch.float32, scale=layer.meta["scale"].float(), zero=layer.meta["zero"].float()
+    )
     if bits == 3 and group_size is None:
         meta["group_size"] = k
     tensors[f"expected.{name}.float32"] = Quantizer.dequantize(layer.W_q.detach(), meta)

@@ -43,5 +43,9 @@ for name, group_size, symmetric in (("plain", 32, False), ("plain_channel", K, F
         codes, block, scale, zero, torch.int32, quant_min=0, quant_max=15, output_dtype=torch.float32
     )
     tensors[f"expected.{name}.float32"] = expected
-    cases[name] = {"group_size": group_size, "symmetric": symmetric, "kind": json.loads(metadata[f"{name}.weight"])["_type"]}
+    cases[name] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "kind": json.loads(metadata[f"{name}.weight"])["_type"],
+    }
 write("torchao", tensors, cases, "torchao")
