@@ -1,4 +1,4 @@
-"""Golden files of tests/data/load, and checkpoint tensors packed by references written from the producers' documents."""
+"""Golden files of tests/data/load, and tensors packed by references written from the producers' documents."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def little_endian_words(codes: np.ndarray, bits: int) -> torch.Tensor:
 def gptq_tensors(
     codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray, bits: int, stored_offset: int
 ) -> dict[str, torch.Tensor]:
-    """codes [N, K], zeros [N, groups], scales [N, groups] as a GPTQ layer called ``p``; zeros are stored less the offset."""
+    """codes [N, K], zeros and scales [N, groups] as a GPTQ layer called ``p``; zeros are stored less the offset."""
     return {
         "p.qweight": little_endian_words(codes, bits).t().contiguous(),
         "p.qzeros": little_endian_words(zeros.T - stored_offset, bits),

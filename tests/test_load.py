@@ -278,10 +278,11 @@ def test_hqq_round_trip(bits: int, eights: int, groups: int, seed: int) -> None:
     split = padded.reshape(parts, -1, size)
     packed = sum(split[i] << (bits * (parts - 1 - i)) for i in range(parts))
     scale, zero = (torch.from_numpy(rng.uniform(0.1, 7, (rows, 1))).half() for _ in range(2))
+    packing = {1: b"1bit_u8", 2: b"2bit_u8", 3: b"3bit_32", 4: b"4bit_u8"}[bits]
     tensors = {
         "p.W_q": torch.from_numpy(packed.astype(np.int32 if bits == 3 else np.uint8)),
         "p.scale": scale, "p.zero": zero, "p.shape": torch.tensor([n, size * groups]), "p.axis": torch.tensor(1),
-        "p.packing": torch.tensor(list({1: b"1bit_u8", 2: b"2bit_u8", 3: b"3bit_32", 4: b"4bit_u8"}[bits]), dtype=torch.uint8),
+        "p.packing": torch.tensor(list(packing), dtype=torch.uint8),
         "p.group_size": torch.tensor(size),
     }  # fmt: skip
     expected = ((torch.from_numpy(codes).float() - zero.float()) * scale.float()).view(n, -1)

@@ -11,11 +11,16 @@ from ._fp4 import mxfp4, mxfp4_experts, nvfp4
 from ._gptq import gptq
 from ._hqq import hqq
 from ._layer import LoadedLayer, LoadError
+from ._registry import PRODUCERS, Plan, Producer, Settings, recognise
 from ._torchao import tinygemm, torchao
 
 __all__ = [
+    "PRODUCERS",
     "LoadError",
     "LoadedLayer",
+    "Plan",
+    "Producer",
+    "Settings",
     "awq",
     "bitsandbytes",
     "compressed_tensors",
@@ -24,6 +29,7 @@ __all__ = [
     "mxfp4",
     "mxfp4_experts",
     "nvfp4",
+    "recognise",
     "tinygemm",
     "torchao",
 ]

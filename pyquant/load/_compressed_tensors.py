@@ -13,7 +13,7 @@ from ._layer import FLOATS, LoadedLayer, Parts
 
 
 def compressed_tensors(
-    tensors: Mapping[str, torch.Tensor], prefix: str, *, num_bits: int = 4, group_size: int | None = None
+    tensors: Mapping[str, torch.Tensor], prefix: str, *, num_bits: int | None = None, group_size: int | None = None
 ) -> LoadedLayer:
     """A compressed-tensors layer: ``pack-quantized``, ``nvfp4-pack-quantized`` or ``mxfp4-pack-quantized``.
 
@@ -26,7 +26,7 @@ def compressed_tensors(
             [N, groups] in fp16, bf16 or fp32, ``.weight_shape`` int64 [2], for asymmetric weights
             ``.weight_zero_point`` int32 [ceil(N * num_bits / 32), groups], ``.bias`` [N].
         prefix: the layer's name.
-        num_bits: 1..8, of the ``quantization_config``; FP4 does not need it.
+        num_bits: 1..8, of the ``quantization_config``; None to derive it from the shapes; FP4 does not need it.
         group_size: of the ``quantization_config``; -1 for K; None to derive it from the shapes.
 
     Raises:
@@ -37,13 +37,15 @@ def compressed_tensors(
     packed_dtype = getattr(parts.raw("weight_packed"), "dtype", None)
     if packed_dtype == torch.uint8:
         return (nvfp4 if "weight_global_scale" in parts else mxfp4)(tensors, prefix)
-    if type(num_bits) is not int or not 1 <= num_bits <= 8:
-        parts.refuse("num_bits", f"expected 1..8, got {num_bits!r}")
     if "weight_g_idx" in parts:
         parts.refuse("weight_g_idx", "expected no act-order (actorder=group): compressed-tensors itself removed it")
     n, k = parts.get("weight_shape", (torch.int64, torch.int32), (2,)).tolist()
     if n < 1 or k < 1:
         parts.refuse("weight_shape", f"expected [N, K], got {[n, k]}")
+    if num_bits is None:
+        num_bits = _bits(parts, n, k)
+    if type(num_bits) is not int or not 1 <= num_bits <= 8:
+        parts.refuse("num_bits", f"expected 1..8, got {num_bits!r}")
     packed = parts.get("weight_packed", torch.int32, (n, -(-k * num_bits // 32)))
     scales = parts.finite("weight_scale", FLOATS)
     if scales.numel() == 1:  # one for the whole weight
@@ -60,3 +62,12 @@ def compressed_tensors(
         zeros = unpack_codes(words_to_stream(words.t(), n, num_bits), n, num_bits).t()
     stream = words_to_stream(packed, k, num_bits)
     return LoadedLayer(integer_weight(parts, stream, num_bits, k, size, scales, zeros), parts.bias(n))
+
+
+def _bits(parts: Parts, n: int, k: int) -> int:
+    """The one number of bits that gives the stored number of words."""
+    words = parts.get("weight_packed", torch.int32, (n, None)).shape[1]
+    fitting = [bits for bits in range(1, 9) if -(-k * bits // 32) == words]
+    if len(fitting) != 1:
+        parts.refuse("weight_packed", f"expected [{n}, ceil({k} * num_bits / 32)], got {words} columns; give num_bits")
+    return fitting[0]

@@ -67,9 +67,9 @@ def mxfp4_experts(tensors: Mapping[str, torch.Tensor], prefix: str) -> list[Load
 def nvfp4(tensors: Mapping[str, torch.Tensor], prefix: str) -> LoadedLayer:
     """An NVFP4 layer of ModelOpt or compressed-tensors.
 
-    ``dequantize`` is ``value * (scale * tensor_scale)`` in fp32, rounded once, as ModelOpt's. compressed-tensors divides
-    scales by its global scale instead. Where no fp32 factor gives all the same products in fp16 and bf16, the quotients
-    are stored as fp32 scales in a ``codebook4`` weight, so that they do.
+    ``dequantize`` is ``value * (scale * tensor_scale)`` in fp32, rounded once, as ModelOpt's. compressed-tensors
+    divides scales by its global scale instead. Where no fp32 factor gives all the same products in fp16 and bf16, the
+    quotients are stored as fp32 scales in a ``codebook4`` weight, so that they do.
 
     Args:
         tensors: a state dict, of ModelOpt: ``<prefix>.weight`` uint8 [N, K / 2], low nibble first, ``.weight_scale``

@@ -26,8 +26,8 @@ def gptq(
     """A GPTQ layer, symmetric or not, with or without act-order.
 
     ``dequantize`` is ``(code - zero) * scale``: the difference is exact, so one rounding in any dtype, as GPTQ's own in
-    fp16. Symmetric weights become ``int4`` or ``int8``; others ``uint4`` with integer zeros. 2 and 3 bits are widened to
-    4. Act-order sorts K by group; :attr:`LoadedLayer.permutation` says how.
+    fp16. Symmetric weights become ``int4`` or ``int8``; others ``uint4`` with integer zeros. 2 and 3 bits are widened
+    to 4. Act-order sorts K by group; :attr:`LoadedLayer.permutation` says how.
 
     Args:
         tensors: a state dict: ``<prefix>.qweight`` int32 [K * bits / 32, N], ``.qzeros`` int32 [groups, N * bits / 32],

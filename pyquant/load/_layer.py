@@ -12,7 +12,7 @@ from ..weight import QuantizedWeight
 
 
 class LoadError(ValueError):
-    """Tensors that are no weight of the format they claim. The message names the loader, the tensor, and what is wrong."""
+    """Tensors that are no weight of the format they claim. The message names the loader, the tensor, what is wrong."""
 
 
 @dataclass(frozen=True)

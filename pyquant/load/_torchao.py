@@ -23,8 +23,8 @@ def torchao(
 
     torchao's weight is ``(code - 8) * scale + zero`` with the zero in weight units. Where all zeros are 0 it becomes
     ``int4``, exactly. Else ``uint4`` with fp32 scales and the zeros ``8 - zero / scale`` in fp32: within
-    ``2^-23 * (|w| + 16 * scale)`` of torchao's value, so in bf16 a weight that lies halfway between two numbers may round
-    to the other one.
+    ``2^-23 * (|w| + 16 * scale)`` of torchao's value, so in bf16 a weight that lies halfway between two numbers may
+    round to the other one.
 
     Args:
         tensors: a state dict as torchao flattens it for safetensors. Plain: ``<prefix>._weight_qdata`` int8 or uint8
