@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,24 @@ def test_bitsandbytes_storage_dtypes_hold_the_same_bytes() -> None:
         viewed = stored.view(-1).view(dtype)[:, None]
         layer = load.bitsandbytes(case.tensors | {"nf4.weight": viewed}, "nf4")
         assert same_layer(layer, expected), dtype
+
+
+@each("start", [0, 1, 4, 8])
+@each("k", [32, 30])
+def test_bitsandbytes_bytes_anywhere_in_a_file(start: int, k: int) -> None:
+    """Tensors mapped from files start at any byte; codes of several pieces of the byte swap, and of no whole words."""
+    n = 33333
+    stored = torch.randint(0, 256, (start + n * k // 2,), dtype=torch.uint8)[start:]
+    state = json.dumps({"quant_type": "nf4", "blocksize": 4096, "shape": [n, k]}).encode()
+    tensors = {
+        "p.weight": stored[:, None],
+        "p.weight.absmax": torch.ones(-(-n * k // 4096)),
+        "p.weight.quant_map": torch.tensor(FORMATS["nf4"].codebook),
+        "p.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }
+    codes = load.bitsandbytes(tensors, "p").weight.codes.view(-1).numpy()
+    expected = stored.numpy()
+    assert np.array_equal(codes, (expected >> 4) | (expected << 4))
 
 
 def test_bitsandbytes_own_quant_map_is_kept() -> None:

@@ -13,7 +13,7 @@ import click
 import torch
 
 from .. import __version__
-from ..checkpoint import CheckpointError, Reader, replace_file, save
+from ..checkpoint import METADATA_KEY, CheckpointError, Reader, replace_file, save
 from ..load import LoadedLayer, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
@@ -49,9 +49,9 @@ def convert(source: Path, target: Path, overwrite: bool, restart: bool, dry_run:
     and the next run with the same IN goes on from there. Act-order (GPTQ desc_act) becomes a tensor
     <layer>.permutation.
 
-    --json prints: input, output, producer, dry_run, layers (name, shape, format, group_size, bits_per_weight),
-    copied (number of tensors), bytes and converted_bytes (of the safetensors files), resumed (number of shards). A dry
-    run has null where it would need to convert.
+    --json prints: input, output, producer, dry_run, layers (name, shape, format, bits, group_size, scale_type,
+    zero_type), copied (number of tensors), bytes and converted_bytes (of the safetensors files), resumed
+    (number of shards). A dry run has names only, and null where it would need to convert.
 
     \b
     Examples:
@@ -141,6 +141,7 @@ def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path,
     """Convert shard by shard. Returns the number of shards found done, and the bytes of the files written."""
     if not source.is_dir():
         _write_shard(job, job.model.shards[0], target)
+        job.modules.update(_modules(target)[0])
         return 0, target.stat().st_size
     staging = target.with_name(f".{target.name}.partial")
     try:
@@ -154,10 +155,10 @@ def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path,
                 resumed += 1
             else:
                 _write_shard(job, shard, written)
-            with Reader(written) as reader:
-                weight_map.update(dict.fromkeys(reader.stored_names, written.name))
-                tensor_bytes += reader.tensor_bytes
-                job.modules.update(_modules(reader))
+            modules, names, nbytes = _modules(written)
+            job.modules.update(modules)
+            weight_map.update(dict.fromkeys(names, written.name))
+            tensor_bytes += nbytes
         _finish(job, staging, weight_map, tensor_bytes, config)
         (staging / STATE_FILE).unlink()
         move_folder(staging, target)
@@ -200,9 +201,9 @@ def _write_shard(job: _Job, shard: Reader, target: Path) -> None:
         loaded = job.plan.producer.load(_LayerTensors(job.model, names + bias), prefix, job.settings)
         for name, layer in loaded.items():
             tensors.update(_stored(name, layer, copied=bool(bias)))
-            job.modules[name] = _settings(layer.weight)
     text = {key: value for key, value in shard.metadata.items() if key == "format"}
     save(target, tensors, text)
+    shard.reopen()
 
 
 def _stored(name: str, layer: LoadedLayer, copied: bool) -> dict[str, torch.Tensor | QuantizedWeight]:
@@ -215,26 +216,12 @@ def _stored(name: str, layer: LoadedLayer, copied: bool) -> dict[str, torch.Tens
     return parts
 
 
-def _settings(weight: QuantizedWeight) -> dict[str, Any]:
-    return {
-        "shape": [weight.n, weight.k],
-        "format": weight.format.name,
-        "group_size": weight.group_size,
-        "scale_type": weight.scale_type.name.lower(),
-        "zero_type": weight.zero_type.name.lower(),
-        "bits_per_weight": round(weight.bits_per_weight, 4),
-    }
-
-
-def _modules(reader: Reader) -> dict[str, dict[str, Any]]:
-    """The settings of a written shard's layers, by module."""
-    found = {}
-    for name in reader:
-        if reader.is_quantized(name):
-            weight = reader[name]
-            assert isinstance(weight, QuantizedWeight)
-            found[name.removesuffix(".weight")] = _settings(weight)
-    return found
+def _modules(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], int]:
+    """Of a written shard: the settings of its layers by module, the names and the bytes of its tensors."""
+    with Reader(path) as reader:
+        layers = json.loads(reader.metadata[METADATA_KEY])["layers"]
+        modules = {name.removesuffix(".weight"): about for name, about in layers.items()}
+        return modules, list(reader.stored_names), reader.tensor_bytes
 
 
 def _finish(
@@ -258,11 +245,11 @@ def _finish(
 
 def _print_summary(report: dict[str, Any]) -> None:
     rows = [
-        (m["name"], "x".join(map(str, m.get("shape", "-"))), m.get("format", "-"), m.get("bits_per_weight", "-"))
+        (m["name"], "x".join(map(str, m.get("shape", "-"))), m.get("format", "-"), m.get("group_size", "-"))
         for m in report["layers"]
     ]
     title = f"{report['output']}: {len(rows)} layers of {report['producer']}, {report['copied']} tensors copied"
-    output.print_table(title, ("layer", "N x K", "format", "bits per weight"), rows)
+    output.print_table(title, ("layer", "N x K", "format", "group size"), rows)
     if report["dry_run"]:
         click.echo("dry run: nothing was written")
         return
