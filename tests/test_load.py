@@ -122,11 +122,11 @@ def test_hqq(case: Golden) -> None:
     weight = layer.weight
     assert torch.equal(layer.dequantize(), case.expected[torch.float32]), "HQQ's arithmetic in fp32"
     assert (weight.format.name, weight.zero_type) == ("uint4", ZeroType.FLOAT)
-    # HQQ rounds twice in its compute dtype, to half a unit of |code - zero| and of the product.
+    # HQQ rounds the difference and the product to its compute dtype, we round the product: three half units.
     dtype = getattr(torch, case.settings["dtype"])
     own, exact = case.expected[dtype].double(), case.expected[torch.float32].double()
     difference = (layer.dequantize(dtype).double() - own).abs()
-    assert bool((difference <= 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-12).all())
+    assert bool((difference <= 1.5 * torch.finfo(dtype).eps * exact.abs() + 1e-12).all())
     assert torch.equal(layer.bias, case.tensors[f"{case.name}.bias"])
 
 
@@ -181,8 +181,11 @@ def test_nvfp4_of_modelopt() -> None:
     assert torch.equal(layer.dequantize(), torch.from_numpy(values).float() * scales.repeat_interleave(16, dim=1))
 
 
-@each("divisor", [1.0, 512.0, 3.0, 391.4, 726.4865, 1e-3, 0.7])
-def test_nvfp4_divisors(divisor: float) -> None:
+NVFP4_DIVISORS = {1.0: "nvfp4", 512.0: "nvfp4", 3.0: "nvfp4", 391.4: "nvfp4", 726.4865: "nvfp4", 1e-3: "codebook4"}
+
+
+@each(("divisor", "name"), NVFP4_DIVISORS.items())
+def test_nvfp4_divisors(divisor: float, name: str) -> None:
     """compressed-tensors divides; fp16 and bf16 results are the same, whatever the factor it becomes."""
     tensors, values = nvfp4_tensors(divisor)
     layer = load.nvfp4(tensors, "p")
@@ -191,7 +194,7 @@ def test_nvfp4_divisors(divisor: float) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(layer.dequantize(dtype), expected.to(dtype))
     assert torch.allclose(layer.dequantize(), expected, rtol=3 * 2.0**-24, atol=0)
-    assert layer.weight.format.name in ("nvfp4", "codebook4")
+    assert layer.weight.format.name == name
 
 
 @each("case", golden("torchao"), ids=str)

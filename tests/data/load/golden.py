@@ -7,6 +7,7 @@ dequantized weight in that dtype. The header says which versions made it, and ``
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
+# Where files go: beside this script, or the folder given on the command line.
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
 
 
 def write(name: str, tensors: dict[str, torch.Tensor], cases: dict[str, dict[str, Any]], *packages: str) -> None:
-    """Write ``<name>.safetensors`` beside this script."""
+    """Write ``<name>.safetensors``."""
     versions = {package: version(package) for package in ("torch", *packages)}
     metadata = {"versions": json.dumps(versions), "cases": json.dumps(cases)}
-    path = HERE / f"{name}.safetensors"
+    path = FOLDER / f"{name}.safetensors"
     save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path, metadata)
     print(f"{path.name}: {path.stat().st_size} bytes, {len(cases)} cases, {versions}")
