@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from load_cases import Golden, awq_words, golden, gptq_tensors, little_endian_words, tinygemm_words
 
-from pyquant import load
+from pyquant import load, quantize
+from pyquant.codes import unpack_codes
 from pyquant.formats import FORMATS, ScaleType, ZeroType
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -234,6 +235,33 @@ def test_tile_packed_padding_is_cut_off() -> None:
 
 
 # ---- round trips through packings written in numpy
+
+
+@given(st.data())
+def test_bitsandbytes_round_trip(data: st.DataObject) -> None:
+    """What pyquant quantizes, in the form in which bitsandbytes stores it."""
+    name, nested = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans())
+    n, k, size = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 150)), data.draw(st.sampled_from([32, 64, 128]))
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))))
+    weight = quantize(w, name, group_size=size, nested=nested)
+    codes = np.append(unpack_codes(weight.codes, k, 4).reshape(-1).numpy(), np.zeros(n * k % 2, dtype=np.uint8))
+    stored = torch.from_numpy(codes[::2] << 4 | codes[1::2])
+    storage = data.draw(st.sampled_from([torch.uint8, torch.float16, torch.float32]))
+    if stored.numel() % storage.itemsize == 0:
+        stored = stored.view(storage)
+    state: dict[str, object] = {"quant_type": name, "blocksize": size, "shape": [n, k]}
+    tensors = {
+        "p.weight": stored[:, None],
+        "p.weight.absmax": weight.scales.reshape(-1),
+        "p.weight.quant_map": torch.tensor(FORMATS[name].codebook),
+    }
+    if nested:
+        offset, map_, absmax = weight.nested_parts()
+        state |= {"nested_blocksize": 256, "nested_offset": float(offset)}
+        tensors |= {"p.weight.nested_absmax": absmax, "p.weight.nested_quant_map": map_}
+    blob = json.dumps(state).encode()
+    tensors[f"p.weight.quant_state.bitsandbytes__{name}"] = torch.tensor(list(blob), dtype=torch.uint8)
+    assert same_layer(load.bitsandbytes(tensors, "p"), load.LoadedLayer(weight))
 
 
 @given(st.data())

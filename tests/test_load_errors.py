@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from load_cases import golden
 
 from pyquant import load
@@ -160,6 +163,52 @@ def test_damaged_layers(loader: str, producer: str, name: str, change: Callable[
     change(tensors)
     with pytest.raises(load.LoadError, match=rf"^load\.{loader}: {message}"):
         read(loader, tensors)
+
+
+LAYERS = sorted({(loader, producer, name) for loader, producer, name, _, _ in CASES})
+
+
+RESHAPED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "flat": lambda t: t.reshape(-1),
+    "empty": lambda t: t.reshape(-1)[:0],
+    "scalar": lambda t: t.reshape(-1)[0],
+    "transposed": lambda t: t.t() if t.dim() == 2 else t[None],
+    "cut": lambda t: t.reshape(-1)[:-1],
+    "longer": lambda t: torch.cat([t.reshape(-1), t.reshape(-1)]),
+}
+
+
+def damaged(data: st.DataObject, tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor in another dtype, shape or with other bytes; None for no tensor."""
+    kind = data.draw(
+        st.sampled_from(["missing", "dtype", "flat", "empty", "scalar", "transposed", "cut", "longer", "bytes"])
+    )
+    if kind == "missing":
+        return None
+    if kind == "dtype":
+        return tensor.to(
+            data.draw(st.sampled_from([torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64]))
+        )
+    if kind == "bytes":
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+        noise = torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return noise.view(tensor.dtype).view(tensor.shape)
+    return RESHAPED[kind](tensor)
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_any_damage_is_a_load_error_or_a_sound_weight(data: st.DataObject) -> None:
+    loader, producer, name = data.draw(st.sampled_from(LAYERS))
+    tensors = layer_of(producer, name)
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    changed = damaged(data, tensors.pop(key))
+    if changed is not None:
+        tensors[key] = changed
+    with suppress(load.LoadError):
+        layer = read(loader, tensors)
+        layer.weight.check()
+        assert layer.dequantize().shape == layer.weight.shape
 
 
 def test_settings_that_are_refused() -> None:

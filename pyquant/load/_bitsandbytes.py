@@ -86,7 +86,7 @@ def _nested(parts: Parts, key: str, state: dict[str, Any], blocks: int) -> dict[
     if state.get("nested_blocksize") != NESTED_BLOCK:
         parts.refuse(key, f"nested_blocksize: expected {NESTED_BLOCK}, got {state.get('nested_blocksize')!r}")
     offset = state.get("nested_offset")
-    if not isinstance(offset, (int, float)) or not torch.isfinite(torch.tensor(float(offset))):
+    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
         parts.refuse(key, f"nested_offset: expected a finite number, got {offset!r}")
     absmax = parts.finite("weight.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),))
     return {

@@ -76,7 +76,7 @@ def _shape(parts: Parts) -> tuple[int, int]:
     if "shape" not in parts:
         parts.refuse("shape", "expected [N, K], got none")
     stored = parts.raw("shape")
-    shape = stored.tolist() if isinstance(stored, torch.Tensor) else list(stored)
+    shape = stored.reshape(-1).tolist() if isinstance(stored, torch.Tensor) else list(stored)
     if len(shape) != 2 or min(shape) < 1:
         parts.refuse("shape", f"expected [N, K], got {shape}")
     return int(shape[0]), int(shape[1])

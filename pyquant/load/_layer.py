@@ -101,7 +101,7 @@ class Parts:
             return stored
         if stored.dim() == 0 or stored.numel() == 1:
             return stored.item()
-        return bytes(stored.to(torch.uint8).tolist()).decode("ascii", "replace")
+        return bytes(stored.to(torch.uint8).reshape(-1).tolist()).decode("ascii", "replace")
 
     def bias(self, n: int) -> torch.Tensor | None:
         """The bias [N], if there is one."""
