@@ -172,6 +172,7 @@ def test_an_interrupted_run_goes_on(
     assert run(source, target).exit_code == 1
     assert not target.exists()
     assert len(list(partial.glob("*.safetensors"))) == 2
+    (partial / ".model-00003-of-00003.safetensors.0a1b2c3d.tmp").write_bytes(b"half of a shard")
 
     count = Interrupt(99, error)
     monkeypatch.setattr(convert_module, "save", count)
@@ -181,6 +182,7 @@ def test_an_interrupted_run_goes_on(
     assert_converted(contents(target), "bitsandbytes")
     assert len(json.loads((target / "config.json").read_text())["quantization_config"]["modules"]) == 12
     assert not partial.exists()
+    assert [f.name for f in target.iterdir() if f.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("changed", ["input", "restart"])

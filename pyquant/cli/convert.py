@@ -183,6 +183,8 @@ def _open_staging(staging: Path, fingerprint: dict[str, Any], restart: bool) -> 
     except (OSError, ValueError):
         same = False
     if same and not restart:
+        for unfinished in staging.glob(".*.tmp"):  # what a killed process was writing
+            unfinished.unlink()
         return
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
