@@ -1,6 +1,6 @@
 """Mixed-input GEMM: ``y = x @ dequant(W)^T + b`` with weights in 2 to 8 bits, dequantized inside the GEMM."""
 
-from . import functional, nn
+from . import functional, load, nn
 from ._version import __version__
 from .nn import quantize_model
 from .ops import Explanation, explain, linear
@@ -15,6 +15,7 @@ __all__ = [
     "explain",
     "functional",
     "linear",
+    "load",
     "nn",
     "quantize",
     "quantize_model",

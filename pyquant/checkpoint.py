@@ -147,6 +147,11 @@ class Reader:
         """Bytes of all tensors, without the header."""
         return sum(self._map(name).nbytes for name in self.stored_names)
 
+    def reopen(self) -> None:
+        """Let go of what was read, which else stays mapped and counts as memory; tensors in use stay valid."""
+        self.close()
+        self._file = safe_open(self.path, framework="pt")
+
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
         self._file.__exit__(None, None, None)

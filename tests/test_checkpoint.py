@@ -115,6 +115,17 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
         assert not reader.checked
 
 
+def test_a_reader_may_be_reopened(tmp_path: Path) -> None:
+    tensors = make_tensors()
+    checkpoint.save(tmp_path / "f", tensors)
+    with Reader(tmp_path / "f") as reader:
+        before = {name: reader[name] for name in reader}
+        reader.reopen()
+        after = {name: reader[name] for name in reader}
+    assert same_content(before, tensors)
+    assert same_content(after, tensors)
+
+
 def test_reader_reads_one_at_a_time(tmp_path: Path) -> None:
     tensors = make_tensors()
     checkpoint.save(tmp_path / "f", tensors)

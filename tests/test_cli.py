@@ -17,7 +17,7 @@ from pyquant.cli import main
 from pyquant.cli.selection import Selection
 from pyquant.formats import FORMATS
 
-COMMANDS = ("quantize", "verify", "bench", "info")
+COMMANDS = ("quantize", "convert", "verify", "bench", "info")
 FORMAT_NAMES = [name for name, row in FORMATS.items() if not row.needs_codebook]
 
 

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .convert import convert
 from .info import info
 from .quantize import quantize
 from .verify import verify
@@ -46,11 +47,12 @@ def main() -> None:
     \b
     Examples:
       pyquant quantize model.safetensors model-nf4.safetensors --format nf4 --nested
+      pyquant convert ./llama-bnb-4bit ./llama-pyquant
       pyquant verify model-nf4.safetensors model.safetensors --min-sqnr 18
       pyquant info
       cmake -B build -DCMAKE_PREFIX_PATH=$(pyquant --cmake-prefix)
     """
 
 
-for _command in (quantize, verify, bench, info):
+for _command in (quantize, convert, verify, bench, info):
     main.add_command(_command)

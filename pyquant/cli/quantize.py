@@ -107,7 +107,7 @@ def quantize(
     )  # fmt: skip
     _check_settings(arguments, device)
     if not dry_run:
-        _check_target(source, target, overwrite)
+        check_target(source, target, overwrite)
     with Model(source) as model:
         quantized = [name for name in model if model.is_quantized(name)]
         if quantized:
@@ -150,7 +150,8 @@ def _check_settings(arguments: dict[str, Any], device: str) -> None:
         raise click.UsageError(str(error).splitlines()[0].removeprefix("quantize: ")) from error
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """A usage error unless OUT can be written."""
     if target.exists() and target.resolve() == source.resolve():
         raise click.UsageError("OUT: is the same as IN")
     if target.exists() and target.is_dir() != source.is_dir():
@@ -179,7 +180,7 @@ def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer
         return target.stat().st_size
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        shutil.copytree(model.path, staging, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, INDEX_FILE))
+        copy_other_files(model.path, staging)
         weight_map: dict[str, str] = {}
         tensor_bytes = 0
         for shard in model.shards:
@@ -192,10 +193,15 @@ def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer
             index = {"metadata": {"total_size": tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             with replace_file(staging / INDEX_FILE) as file:
                 file.write(json.dumps(index, indent=2).encode())
-        _move_folder(staging, target)
+        move_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sum((target / shard.path.name).stat().st_size for shard in model.shards)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """All files of a model folder but its weights; ``target`` may exist."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, INDEX_FILE), dirs_exist_ok=True)
 
 
 def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> None:
@@ -211,7 +217,7 @@ def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantiz
     save(target, tensors, {key: value for key, value in shard.metadata.items() if key != "pyquant"})
 
 
-def _move_folder(staging: Path, target: Path) -> None:
+def move_folder(staging: Path, target: Path) -> None:
     """Put a finished folder in its place; the index goes last, since it is what makes shards a model."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(staging, target)
