@@ -38,7 +38,9 @@ def instance(packed: PackedWeight, x: torch.Tensor) -> str:
     return names[0]
 
 
-def check(packed: PackedWeight, w_exact: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def check(
+    packed: PackedWeight, w_exact: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     y = run(instance(packed, x), packed, x, bias)
     assert_within_budget(y, x, w_exact, bias)
     return y

@@ -13,6 +13,7 @@ from .. import __version__
 from .bench import bench
 from .info import info
 from .quantize import quantize
+from .table import table
 from .verify import verify
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -52,5 +53,5 @@ def main() -> None:
     """
 
 
-for _command in (quantize, verify, bench, info):
+for _command in (quantize, verify, bench, table, info):
     main.add_command(_command)
