@@ -4,7 +4,8 @@
 
 OUT_DIR gets `format_table.gen.hpp` (the rows of pyquant/formats.py), one source per instance, `manifest.gen.inc`
 (the array of instances), `sources.cmake` (file and flags of each) and `tables.gen.inc` (names of the instances, and the
-dispatch tables profiles/*/table.json). The output is a pure function of formats.py, instances.py and the tables; a file is written only when its content changes, so that an unchanged build stays cached.
+dispatch tables profiles/*/table.json). The output is a pure function of formats.py, instances.py and the tables;
+a file is written only when its content changes, so that an unchanged build stays cached.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def find_in_table(
     if status == _NOT_SUPPORTED:
         return None
     _check(status)
-    found = {name: getattr(answer, name) for name, _ in _TableAnswer._fields_}
+    found = {field[0]: getattr(answer, field[0]) for field in _TableAnswer._fields_}
     found["instance"] = answer.instance.decode()
     found["gemm"] = None if answer.gemm is None else answer.gemm.decode()
     found["m_last"] = None if answer.m_last == _INT64_MAX else answer.m_last

@@ -178,8 +178,8 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
 @click.option("--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
               help="A choice slower than the best by more than this fraction is a regression.")  # fmt: skip
 def check(path: Path, csv_paths: tuple[Path, ...], tolerance: float) -> None:
-    """Check a table: its form, that its buckets cover all M, that its instances exist; and with CSV files that no choice
-    is slower than the best one measured. Exit code 1 if anything is wrong.
+    """Check a table: its form, that its buckets cover all M, that its instances exist; and with CSV files that no
+    choice is slower than the best one measured. Exit code 1 if anything is wrong.
     """
     from ..tables import read_table
     from ..tables.check import problems_of
@@ -201,7 +201,7 @@ def check(path: Path, csv_paths: tuple[Path, ...], tolerance: float) -> None:
 @click.option("--split", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Build from this share of the shapes, score on the others.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
-@click.option("--fallback", default="*_dequant", show_default=True, metavar="GLOB",
+@click.option("--fallback", default="*_dequant*", show_default=True, metavar="GLOB",
               help="Instances that a choice must not be slower than.")  # fmt: skip
 @_MARGIN
 @_PROCESSORS

@@ -11,8 +11,8 @@ PATTERN = r"^(int|uint|codebook)[2-8](-nested)?(-flat)?$"
 
 
 def encoding_name(spec: FormatSpec, group_size: int, k: int) -> str:
-    """``int4``, ``uint4``, ``codebook4-nested-flat``: kind and bits of the codes; whether absmax is nested; whether groups
-    cross the ends of rows, which few kernels take."""
+    """``int4``, ``uint4``, ``codebook4-nested-flat``: kind and bits of the codes; whether absmax is nested; whether
+    groups cross the ends of rows, which few kernels take."""
     fmt = FORMATS[spec.name]
     flat = fmt.flat_blocks and k % group_size != 0
     return f"{_KINDS[fmt.encoding]}{fmt.bits}{'-nested' if spec.nested else ''}{'-flat' if flat else ''}"

@@ -12,7 +12,7 @@ from .lookup import Lookup
 from .measurements import KEY, Measurements
 
 IDEAL = 0.05  # a choice within this fraction of the best counts as ideal
-DEFAULT_FALLBACK = "*_dequant"
+DEFAULT_FALLBACK = "*_dequant*"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,6 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path}: {error}") from error
     entries = []
     for entry in content["entries"]:
-        buckets = tuple(Bucket(*b["m"], b["instance"], b.get("gemm")) for b in entry["buckets"])
+        buckets = tuple(Bucket(b["m"][0], b["m"][1], b["instance"], b.get("gemm")) for b in entry["buckets"])
         entries.append(Entry(**{**entry, "buckets": buckets}))
     return Table(content["device"], content["processors"], tuple(entries), content["provenance"])
