@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,13 @@ def test_a_csv_without_usable_rows(tmp_path: Path) -> None:
     result = run("build", path, "-o", tmp_path / "t.json")
     assert result.exit_code == 1
     assert "expected rows of pyquant's instances that ran" in result.output
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    result = run("show", written(tmp_path, "t.json", entry()))
+    assert result.exit_code == 1
+    assert "needs jsonschema: pip install 'pyquant[bench]'" in result.output
 
 
 # ---- explain, diff, check

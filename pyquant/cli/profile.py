@@ -21,6 +21,7 @@ from ..bench.shapes_file import read_shapes
 from ..formats import FORMATS, ScaleType
 from ..profiler.models import MODELS
 from ..profiler.rows import FAILED, INCORRECT, ProfileRow, open_profile
+from .extras import require_bench
 from .output import print_table, progress
 from .params import CommaList, Format, IntRanges, flatten
 
@@ -98,6 +99,7 @@ def profile(
         reason = "is built without CUDA" if torch.version.cuda is None else "finds none"
         click.echo(f"Error: no NVIDIA GPU: this torch {reason}; --device cpu profiles the CPU", err=True)
         raise click.exceptions.Exit(NO_GPU)
+    require_bench("pandas")  # before the measurement, not after
     from ..bench.gpu import BrokenDevice
     from ..profiler.measure import Profiler
     from ..profiler.plan import Setting, cases, instances_of

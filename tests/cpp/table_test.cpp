@@ -71,6 +71,29 @@ void readers_see_one_table_or_the_other() {
   expect(instance(512, 1) == "cpu_stream_portable", "the old table stays");
 }
 
+// What AddressSanitizer is for: no text may lead the reader astray.
+void damaged_text_is_an_error_or_a_table() {
+  const std::string good = R"({"schema":1,"device":"D","processors":null,"provenance":{"a":[1,"b\"c"]},"entries":[)"
+                           R"({"encoding":"int4-nested-flat","dtype":"fp16","group_size":0,"n":64,"k":64,"buckets":)"
+                           R"([{"m":[1,null],"instance":"cpu_dequant_portable","gemm":"cpu_tile_portable"}]}]})";
+  DeviceTable whole;
+  expect(read_table(good, &whole).empty(), "the text is a table");
+  for (size_t length = 0; length < good.size(); ++length) {
+    DeviceTable table;
+    expect(!read_table(good.substr(0, length), &table).empty(), "a part of a table is an error");
+  }
+  int errors = 0;
+  for (size_t at = 0; at < good.size(); ++at) {
+    for (const char byte : {'\0', '"', '\\', '[', ']', '{', '}', ',', ':', '9', 'n', '\xff'}) {
+      std::string text = good;
+      text[at] = byte;
+      DeviceTable table;
+      if (!read_table(text, &table).empty()) ++errors;
+    }
+  }
+  expect(errors > 1000, "most damage is noticed");
+}
+
 void lookup_time() {
   constexpr int kLookups = 4'000'000;
   int64_t sum = 0;
@@ -89,6 +112,7 @@ void lookup_time() {
 int main() {
   expect(instance(512, 1).empty(), "no table for a device that the library does not know");
   readers_see_one_table_or_the_other();
+  damaged_text_is_an_error_or_a_table();
   lookup_time();
   expect(use_table(nullptr).empty() && instance(512, 1).empty(), "back to the tables of the build");
   std::printf("table_test: passed\n");
