@@ -25,7 +25,7 @@ from pyquant.cli import main
 from pyquant.cli.params import IntRanges
 from pyquant.profiler import measure as profiler_measure
 from pyquant.profiler.measure import Profiler
-from pyquant.profiler.models import MODELS
+from pyquant.profiler.models import CONFIGS
 from pyquant.profiler.plan import Case, Setting, cases, instances_of
 from pyquant.profiler.rows import COLUMNS, open_profile
 
@@ -110,9 +110,11 @@ def test_nothing_matched() -> None:
     assert "no instance" in result.output
 
 
-def test_models_are_shapes() -> None:
-    assert len(MODELS) > 3
-    assert all(n > 0 and k > 0 for shapes in MODELS.values() for n, k in shapes)
+def test_models_are_the_shapes_of_their_layers() -> None:
+    assert set(CONFIGS["llama-3.1-8b"].shapes()) == {
+        (4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)
+    }  # fmt: skip
+    assert set(CONFIGS["gpt-2"].shapes()) == {(768, 768), (2304, 768), (3072, 768), (768, 3072)}
 
 
 # ---- measuring
@@ -329,3 +331,35 @@ def test_profile_build_load(tmp_path: Path) -> None:
     finally:
         pyquant.load_table(None)
     assert pyquant.explain(x, weight).instance == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launch", ["--graph", "--stream"])
+def test_profile_build_load_on_a_gpu(launch: str, tmp_path: Path) -> None:
+    csv, path = tmp_path / "p.csv", tmp_path / "table.json"
+    arguments = ["profile", "--n", "512", "--k", "512", "--m", "1,64", "--formats", "int4-g128", "--bias", launch]
+    result = CliRunner().invoke(main, [*arguments, "--csv", str(csv)])
+    assert result.exit_code == 0, result.output
+    frame = read(csv)
+    assert len(frame) == 2 * len(instances_of("cuda", []))
+    assert set(frame["disposition"]) == {"passed", "not supported"}
+    ran = frame[frame["disposition"] == "passed"]
+    assert {"cuda_stream_int4_bf16", "cuda_dequant"} <= set(ran["instance"])
+    columns = ["us", "floor_us", "floor_fraction", "ratio_to_cublas", "processors"]
+    assert (ran[columns].astype(float) > 0).all(axis=None)
+    assert CliRunner().invoke(main, ["table", "build", str(csv), "-o", str(path)]).exit_code == 0
+    # A choice that the rule would not make: dequantize at M = 1.
+    text = path.read_text()
+    content = json.loads(text)
+    assert content["device"] == torch.cuda.get_device_name()
+    content["entries"][0]["buckets"] = [{"m": [1, None], "instance": "cuda_dequant", "gemm": "cuda_simt_bf16"}]
+    path.write_text(json.dumps(content))
+    weight = pyquant.quantize(torch.randn(512, 512, device="cuda"), "int4", 128).pack()
+    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+    before = pyquant.explain(x, weight)
+    try:
+        pyquant.load_table(path)
+        assert str(pyquant.explain(x, weight)) == "cuda_dequant, then torch.nn.functional.linear"
+    finally:
+        pyquant.load_table(None)
+    assert pyquant.explain(x, weight) == before

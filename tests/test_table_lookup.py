@@ -100,6 +100,16 @@ def test_other_encodings_and_dtypes_have_no_answer() -> None:
     assert Lookup(device="another").find("int4", "bf16", 128, 4096, 4096, 1) is None
 
 
+def test_wrong_questions_are_refused() -> None:
+    for encoding, words in (("int9", "encoding: expected such as int4"), ("int4-flat-nested", "got int4-flat-nested")):
+        with pytest.raises(RuntimeError, match=words):
+            _library.find_in_table(DEVICE, encoding, 2, 128, 64, 64, 1)
+    with pytest.raises(RuntimeError, match=r"expected positive n, k and group_size, got 0, 64 and 128"):
+        _library.find_in_table(DEVICE, "int4", 2, 128, 0, 64, 1)
+    with pytest.raises(RuntimeError, match="dtype"):
+        _library.find_in_table(DEVICE, "int4", 9, 128, 64, 64, 1)
+
+
 # ---- calls
 
 

@@ -19,7 +19,7 @@ from ..bench.format_spec import FormatSpec
 from ..bench.problem import DTYPES
 from ..bench.shapes_file import read_shapes
 from ..formats import FORMATS, ScaleType
-from ..profiler.models import MODELS
+from ..profiler.models import CONFIGS
 from ..profiler.rows import FAILED, INCORRECT, ProfileRow, open_profile
 from .extras import require_bench
 from .output import print_table, progress
@@ -44,7 +44,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--n", "ns", type=IntRanges(), help="out_features, each with each of --k.")
 @click.option("--k", "ks", type=IntRanges(), help="in_features.")
 @click.option("--shapes", "shapes_file", type=_FILE, help='JSON: {"models": {name: [[N, K], ...]}}.')
-@click.option("--model", "models", type=click.Choice(list(MODELS), case_sensitive=False), multiple=True,
+@click.option("--model", "models", type=click.Choice(list(CONFIGS), case_sensitive=False), multiple=True,
               help="The linear layers of a public model; repeatable.")  # fmt: skip
 @click.option("--formats", "format_lists", type=CommaList(Format()), multiple=True,
               help="name[-gN][-nested]; repeatable. Default: nf4, int4-g128.")  # fmt: skip
@@ -195,7 +195,7 @@ def _shapes(
         raise click.UsageError("--n and --k need each other")
     shapes = list(itertools.product(ns or (), ks or ()))
     shapes += read_shapes(shapes_file)[0] if shapes_file else []
-    shapes += [shape for model in models for shape in MODELS[model.lower()]]
+    shapes += [shape for model in models for shape in CONFIGS[model.lower()].shapes()]
     if not shapes:
         raise click.UsageError("which weights? --n and --k, --shapes or --model")
     return list(dict.fromkeys(shapes))

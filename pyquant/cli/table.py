@@ -84,7 +84,8 @@ def show(path: Path, as_json: bool) -> None:
             key = (f"{e.n} x {e.k}", e.encoding, e.dtype, e.group_size or "K")
             rows.append((*key, b.range, b.instance, b.gemm or ""))
     columns = ("N x K", "encoding", "dtype", "group", "M", "instance", "without a dense GEMM")
-    print_table(f"{shown.device}, {shown.processors or 'unknown'} SMs", columns, rows)
+    print_table(shown.device, columns, rows)
+    click.echo(f"SMs (CPU: threads): {shown.processors or 'unknown'}")
     for name, value in shown.provenance.items():
         click.echo(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
 

@@ -71,8 +71,7 @@ class Profiler:
         """
         for case in cases:
             try:
-                with torch.inference_mode():
-                    row = self._measure(case)
+                row = self._measure(case)
             except Unavailable as error:
                 row = self._row(case, NOT_SUPPORTED, str(error))
             except RuntimeError as error:
@@ -91,6 +90,12 @@ class Profiler:
 
     def _measure(self, case: Case) -> ProfileRow:
         packed, reference, copies = self._weight(case)
+        with torch.inference_mode():
+            return self._measure_on(case, packed, reference, copies)
+
+    def _measure_on(
+        self, case: Case, packed: PackedWeight, reference: torch.Tensor, copies: Sequence[PackedWeight]
+    ) -> ProfileRow:
         generator = torch.Generator(device=self.setting.device).manual_seed(case.m)
         x = torch.randn(case.m, case.k, device=self.setting.device, generator=generator).to(self.dtype)
         bias = None

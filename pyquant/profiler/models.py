@@ -1,14 +1,43 @@
-"""Weight shapes (N, K) of public models, from their published configs; projections that share x are joined."""
+"""The linear layers of public models, from their published configs."""
 
 from __future__ import annotations
 
-MODELS: dict[str, tuple[tuple[int, int], ...]] = {
-    "llama-3.2-1b": ((2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192)),
-    "llama-3.2-3b": ((3072, 3072), (5120, 3072), (16384, 3072), (3072, 8192)),
-    "llama-3.1-8b": ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)),
-    "llama-3.1-70b": ((8192, 8192), (10240, 8192), (57344, 8192), (8192, 28672)),
-    "qwen2.5-32b": ((5120, 5120), (7168, 5120), (55296, 5120), (5120, 27648)),
-    "qwen2.5-72b": ((8192, 8192), (10240, 8192), (59136, 8192), (8192, 29568)),
-    "phi-3-mini": ((3072, 3072), (9216, 3072), (16384, 3072), (3072, 8192)),
-    "gpt-2": ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a decoder's block.
+
+    Attributes:
+        hidden: width of the residual stream.
+        heads: outputs of the query projection.
+        kv_heads: outputs of the key projection, and of the value projection.
+        intermediate: width of the MLP.
+        gated: whether the MLP has a gate beside its up projection.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    gated: bool = True
+
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(N, K) of each weight, each once: projections on their own, as Hugging Face models have them, and those that
+        share x joined, as inference servers do."""
+        h, i = self.hidden, self.intermediate
+        outputs = [self.heads, self.kv_heads, self.heads + 2 * self.kv_heads, i, *([2 * i] if self.gated else [])]
+        return tuple(dict.fromkeys([*((n, h) for n in outputs), (h, self.heads), (h, i)]))
+
+
+CONFIGS = {
+    "llama-3.2-1b": Config(2048, 2048, 512, 8192),
+    "llama-3.2-3b": Config(3072, 3072, 1024, 8192),
+    "llama-3.1-8b": Config(4096, 4096, 1024, 14336),
+    "llama-3.1-70b": Config(8192, 8192, 1024, 28672),
+    "qwen2.5-32b": Config(5120, 5120, 1024, 27648),
+    "qwen2.5-72b": Config(8192, 8192, 1024, 29568),
+    "phi-3-mini": Config(3072, 3072, 3072, 8192),
+    "gpt-2": Config(768, 768, 768, 3072, gated=False),
 }
