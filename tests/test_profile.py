@@ -349,8 +349,7 @@ def test_profile_build_load_on_a_gpu(launch: str, tmp_path: Path) -> None:
     assert (ran[columns].astype(float) > 0).all(axis=None)
     assert CliRunner().invoke(main, ["table", "build", str(csv), "-o", str(path)]).exit_code == 0
     # A choice that the rule would not make: dequantize at M = 1.
-    text = path.read_text()
-    content = json.loads(text)
+    content = json.loads(path.read_text())
     assert content["device"] == torch.cuda.get_device_name()
     content["entries"][0]["buckets"] = [{"m": [1, None], "instance": "cuda_dequant", "gemm": "cuda_simt_bf16"}]
     path.write_text(json.dumps(content))
