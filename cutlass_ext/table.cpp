@@ -76,23 +76,28 @@ bool nearer_group(int64_t a, int64_t b, const TableQuery& query) {
   return to_a < to_b || (to_a == to_b && size(a) < size(b));
 }
 
-// What a thread found last, by hash. An entry of an old generation is not valid.
+// What a thread found last: sets of slots by hash. An entry of an old generation is not valid.
 struct CacheSlot {
   uint64_t generation = 0;
-  int device_index;
-  uint32_t encoding;
-  DType dtype;
-  int64_t group_size, n, k;
-  const TableEntry* entry;
+  int device_index = 0;
+  uint32_t encoding = 0;
+  DType dtype = DType::kFp32;
+  int64_t group_size = 0, n = 0, k = 0;
+  const TableEntry* entry = nullptr;
 };
-constexpr size_t kCacheSlots = 256;
+constexpr size_t kCacheSets = 64, kCacheWays = 4;
+
+struct CacheSet {
+  CacheSlot slots[kCacheWays];
+  size_t oldest = 0;
+};
 
 size_t cache_index(int device_index, const TableQuery& q) {
   uint64_t h = static_cast<uint64_t>(q.n) * 0x9E3779B97F4A7C15ull ^ static_cast<uint64_t>(q.k) * 0xC2B2AE3D27D4EB4Full;
   h ^= static_cast<uint64_t>(q.group_size) * 0x165667B19E3779F9ull;
   h += (uint64_t{q.encoding} << 4 | static_cast<uint64_t>(q.dtype)) * 0xD6E8FEB86659FD93ull;
   h += static_cast<uint64_t>(device_index) * 0xA0761D6478BD642Full;
-  return h >> 32 & (kCacheSlots - 1);
+  return h >> 32 & (kCacheSets - 1);
 }
 
 const TableEntry* search(const TableSet& set, std::string_view device_name, const TableQuery& query) {
@@ -174,17 +179,21 @@ const TableEntry* find_entry(std::string_view device_name, const TableQuery& que
 }
 
 const TableEntry* find_entry(int device_index, const char* device_name, const TableQuery& query) {
-  thread_local CacheSlot cache[kCacheSlots];
-  const TableSet& set = tables_in_use();
-  if (set.tables.empty()) return nullptr;
-  CacheSlot& slot = cache[cache_index(device_index, query)];
-  if (slot.generation == set.generation && slot.n == query.n && slot.k == query.k &&
-      slot.group_size == query.group_size && slot.encoding == query.encoding && slot.dtype == query.dtype &&
-      slot.device_index == device_index) {
-    return slot.entry;
+  thread_local CacheSet cache[kCacheSets];
+  const TableSet& tables_now = tables_in_use();
+  if (tables_now.tables.empty()) return nullptr;
+  CacheSet& set = cache[cache_index(device_index, query)];
+  for (const CacheSlot& slot : set.slots) {
+    if (slot.n == query.n && slot.k == query.k && slot.generation == tables_now.generation &&
+        slot.group_size == query.group_size && slot.encoding == query.encoding && slot.dtype == query.dtype &&
+        slot.device_index == device_index) {
+      return slot.entry;
+    }
   }
-  const TableEntry* entry = search(set, device_name, query);
-  slot = {set.generation, device_index, query.encoding, query.dtype, query.group_size, query.n, query.k, entry};
+  const TableEntry* entry = search(tables_now, device_name, query);
+  set.slots[set.oldest] = {tables_now.generation, device_index, query.encoding, query.dtype,
+                           query.group_size,      query.n,      query.k,        entry};
+  set.oldest = (set.oldest + 1) % kCacheWays;
   return entry;
 }
 
