@@ -1,12 +1,18 @@
 // The C API: checks, then the dispatch, then the kernel.
+#include <cerrno>
 #include <cinttypes>
+#include <cstring>
+#include <fstream>
+#include <sstream>
 
 #include "cutlass_ext/check.hpp"
 #include "cutlass_ext/cutlass_ext.h"
+#include "cutlass_ext/device_name.hpp"
 #include "cutlass_ext/dispatch.hpp"
 #include "cutlass_ext/pack.hpp"
 #include "cutlass_ext/quantize.hpp"
 #include "cutlass_ext/status.hpp"
+#include "cutlass_ext/table.hpp"
 #ifdef CUTLASS_EXT_CUDA
 #include "kernels/cuda/read_floor.hpp"
 #endif
@@ -101,6 +107,67 @@ cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index) {
   GemmProblem problem;
   if (index == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "index: expected a pointer, got NULL");
   return resolve_gemm(__func__, args, &problem, index);
+}
+
+cx_status cx_device_name(cx_device device, const char** name) {
+  Device checked;
+  CX_TRY(check_device(__func__, device, &checked));
+  if (name == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "name: expected a pointer, got NULL");
+  *name = name_device(checked).name;
+  return CX_OK;
+}
+
+cx_status cx_load_table(const char* path) {
+  if (path == nullptr) {
+    use_table(nullptr);
+    return CX_OK;
+  }
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  if (!file || !(text << file.rdbuf())) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "path: cannot read %s: %s", path,
+                errno == 0 ? "it is empty" : std::strerror(errno));
+  }
+  const std::string content = text.str();
+  const std::string error = use_table(&content);
+  return error.empty() ? CX_OK : fail(CX_INVALID_ARGUMENT, __func__, "path: %s: %s", path, error.c_str());
+}
+
+const char* cx_table_instance(int32_t index) {
+  return index < 0 || index >= table_instance_count() ? nullptr : table_instance_name(index);
+}
+
+cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* answer) {
+  if (query == nullptr || query->device == nullptr || query->encoding == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "query: expected pointers, got NULL");
+  }
+  if (answer == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "answer: expected a pointer, got NULL");
+  TableEncoding encoding;
+  if (!parse_encoding(query->encoding, &encoding)) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "encoding: expected such as int4 or codebook4-nested, got %s",
+                query->encoding);
+  }
+  CX_TRY(check_dtype(__func__, query->dtype));
+  if (query->n < 1 || query->k < 1 || query->group_size < 1 || query->m < 0) {
+    return fail(CX_INVALID_ARGUMENT, __func__,
+                "query: expected positive n, k and group_size, got %" PRId64 ", %" PRId64 " and %" PRId64, query->n,
+                query->k, query->group_size);
+  }
+  const TableEntry* entry = find_entry(query->device, {encoding.id(), static_cast<DType>(query->dtype),
+                                                       query->group_size, query->n, query->k, query->m});
+  if (entry == nullptr) {
+    return fail(CX_NOT_SUPPORTED, __func__, "no table for %s has %s with this dtype", query->device, query->encoding);
+  }
+  const TableBucket& bucket = entry->at(query->m);
+  const int64_t first = &bucket == entry->buckets.data() ? 1 : (&bucket)[-1].last + 1;
+  *answer = {table_instance_name(bucket.instance),
+             bucket.gemm < 0 ? nullptr : table_instance_name(bucket.gemm),
+             entry->group_size,
+             entry->n,
+             entry->k,
+             first,
+             bucket.last};
+  return CX_OK;
 }
 
 cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes) {

@@ -1,5 +1,8 @@
 #include "cutlass_ext/dispatch.hpp"
 
+#include "cutlass_ext/device_name.hpp"
+#include "cutlass_ext/table.hpp"
+
 namespace cutlass_ext {
 
 #include "manifest.gen.inc"
@@ -58,6 +61,24 @@ int first_gemm(const GemmProblem& problem, Family family) {
   });
 }
 
+// What the device's table says, or -1 if there is none or it names what does not run this problem here.
+int select_by_table(const GemmProblem& problem, bool dense_fallback) {
+  const Weight& w = problem.weight;
+  const Encoding kind = w.is_codebook ? Encoding::kCodebook : w.bias != 0 ? Encoding::kSigned : Encoding::kUnsigned;
+  const TableEncoding encoding{kind, w.bits, w.scale_type == ScaleType::kNested, w.flat_scales};
+  const NamedDevice device = name_device(problem.device);
+  const TableEntry* entry =
+      find_entry(device.index, device.name, {encoding.id(), problem.dtype, w.group_size, w.n, w.k, problem.m});
+  if (entry == nullptr) return -1;
+  const TableBucket& bucket = entry->at(problem.m);
+  const int index = dense_fallback ? bucket.instance : bucket.gemm;
+  if (index < 0 || index >= kCount) return -1;
+  const Instance& instance = *kManifest[index];
+  if (instance.device != problem.device || !instance.available()) return -1;
+  if (instance.gemm == nullptr) return dense_fallback ? index : -1;
+  return instance.supports == nullptr || instance.supports(problem) ? index : -1;
+}
+
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   const int stream = first_gemm(problem, Family::kStream);
   if (problem.m > kCudaStreamTokens && (problem.m <= cuda_wgmma_tokens(problem) || !dense_fallback)) {
@@ -79,6 +100,7 @@ int instance_count() { return kCount; }
 const Instance& instance_at(int index) { return *kManifest[index]; }
 
 int select_gemm(const GemmProblem& problem, bool dense_fallback) {
+  if (const int chosen = select_by_table(problem, dense_fallback); chosen >= 0) return chosen;
   if (problem.device == Device::kCuda) return select_cuda(problem, dense_fallback);
   return first_gemm(problem, problem.m <= kCpuStreamTokens ? Family::kStream : Family::kTile);
 }

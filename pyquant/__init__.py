@@ -1,6 +1,9 @@
 """Mixed-input GEMM: ``y = x @ dequant(W)^T + b`` with weights in 2 to 8 bits, dequantized inside the GEMM."""
 
+import os as _os
+
 from . import functional, load, nn
+from ._library import load_table
 from ._version import __version__
 from .nn import quantize_model
 from .ops import Explanation, explain, linear
@@ -16,7 +19,12 @@ __all__ = [
     "functional",
     "linear",
     "load",
+    "load_table",
     "nn",
     "quantize",
     "quantize_model",
 ]
+
+# A user's own dispatch table; a file that is none stops the import, with its line.
+if "PYQUANT_TABLE" in _os.environ:
+    load_table(_os.environ["PYQUANT_TABLE"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +15,8 @@ import torch
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "lib" / "libcutlass_ext.so"
 TORCH_OPS = PACKAGE / "lib" / "_torch_ops.so"
+_NOT_SUPPORTED = 2  # CX_NOT_SUPPORTED
+_INT64_MAX = (1 << 63) - 1
 
 
 class _FormatInfo(ctypes.Structure):
@@ -43,6 +47,34 @@ class _InstanceInfo(ctypes.Structure):
     ]
 
 
+class _TableQuery(ctypes.Structure):
+    """cx_table_query."""
+
+    _fields_: ClassVar = [
+        ("device", ctypes.c_char_p),
+        ("encoding", ctypes.c_char_p),
+        ("dtype", ctypes.c_int),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+    ]
+
+
+class _TableAnswer(ctypes.Structure):
+    """cx_table_answer."""
+
+    _fields_: ClassVar = [
+        ("instance", ctypes.c_char_p),
+        ("gemm", ctypes.c_char_p),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("m_first", ctypes.c_int64),
+        ("m_last", ctypes.c_int64),
+    ]
+
+
 def load_torch_ops() -> None:
     """Register ``torch.ops.pyquant``.
 
@@ -62,6 +94,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.cx_build_info.restype = ctypes.c_char_p
     library.cx_last_error.restype = ctypes.c_char_p
+    library.cx_table_instance.restype = ctypes.c_char_p
     return library
 
 
@@ -108,6 +141,63 @@ def has_cuda() -> bool:
     return any(row["device"] == "cuda" for row in instances())
 
 
+def device_name(device: str) -> str:
+    """Of "cpu" (its model) or "cuda" (the current GPU), as its table carries it; "" if unknown."""
+    name = ctypes.c_char_p()
+    _check(_library().cx_device_name(("cpu", "cuda").index(device), ctypes.byref(name)))
+    return (name.value or b"").decode()
+
+
+def load_table(path: str | os.PathLike[str] | None) -> None:
+    """Use the dispatch table of a file for its device, in place of the one that the library was built with.
+
+    Args:
+        path: JSON of ``pyquant table build``; None: back to the tables of the build.
+
+    Raises:
+        ValueError: naming the file and the line that is wrong; the table before stays in use.
+    """
+    if _library().cx_load_table(None if path is None else os.fsencode(path)) != 0:
+        raise ValueError(_last_error().replace("cx_load_table: path: ", "load_table: ", 1))
+
+
+def all_instance_names() -> list[str]:
+    """Every instance that a table may name, also those that this build lacks."""
+    names = map(_library().cx_table_instance, itertools.count())
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, names)]
+
+
+def find_in_table(
+    device: str, encoding: str, dtype: int, group_size: int, n: int, k: int, m: int
+) -> dict[str, Any] | None:
+    """What the tables in use say of a call on ``device``; None where they say nothing.
+
+    Args:
+        device: a name of :func:`device_name`.
+        encoding: as in tables: int4, codebook4-nested.
+        dtype: cx_dtype.
+        group_size: K or more: one group per row.
+
+    Returns:
+        The fields of cx_table_answer; ``gemm`` and ``m_last`` may be None.
+    """
+    query = _TableQuery(device.encode(), encoding.encode(), dtype, group_size, n, k, m)
+    answer = _TableAnswer()
+    status = _library().cx_find_in_table(ctypes.byref(query), ctypes.byref(answer))
+    if status == _NOT_SUPPORTED:
+        return None
+    _check(status)
+    found = {field[0]: getattr(answer, field[0]) for field in _TableAnswer._fields_}
+    found["instance"] = answer.instance.decode()
+    found["gemm"] = None if answer.gemm is None else answer.gemm.decode()
+    found["m_last"] = None if answer.m_last == _INT64_MAX else answer.m_last
+    return found
+
+
+def _last_error() -> str:
+    return _library().cx_last_error().decode()
+
+
 def _check(status: int) -> None:
     if status != 0:
-        raise RuntimeError(_library().cx_last_error().decode())
+        raise RuntimeError(_last_error())

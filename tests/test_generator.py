@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from table_data import bucket, entry, table
 
 from pyquant import _library
 from pyquant.formats import FORMATS
+from pyquant.tables import read_table
+from pyquant.tables.check import problems_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "kernels" / "generate.py"
@@ -61,6 +65,27 @@ def test_files_are_written_only_when_changed(tmp_path: Path, generate: ModuleTyp
     generate.main(tmp_path)
     assert damaged.read_text() == good
     assert {f: f.stat().st_mtime_ns for f in files if f != damaged} == dict.fromkeys(files[1:], 1)
+
+
+def test_tables_are_built_in(tmp_path: Path, generate: ModuleType) -> None:
+    """Every table that is shipped is valid, and what the generator writes is its JSON."""
+    content = table(entry(512), entry(1024))
+    path = tmp_path / "table.json"
+    path.write_text(content.to_json())
+    text = generate.tables([path])
+    assert re.findall(r'^    "(\w+)",$', text, re.MULTILINE) == [i.name for i in generate.instances.INSTANCES]
+    pieces = re.findall(r'R"json\((.*?)\)json"', text, re.DOTALL)
+    assert json.loads("".join(pieces)) == json.loads(content.to_json())
+    assert len(pieces) == 2
+    for shipped in generate.table_files():
+        assert not list(problems_of(read_table(shipped)))
+
+
+def test_a_table_with_an_unknown_instance_stops_the_build(tmp_path: Path, generate: ModuleType) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(table(entry(512), entry(1024, 512, bucket(1, None, "cuda_fast"))).to_json())
+    with pytest.raises(ValueError, match=r"entries\[1\]: no instance is called cuda_fast"):
+        generate.tables([path])
 
 
 def test_usage_without_a_folder() -> None:

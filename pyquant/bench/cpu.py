@@ -118,6 +118,22 @@ def measure(
     return [Measurement(problem, name, statistics.median(t), min(t)) for name, t in times.items()]
 
 
+def time_calls(calls: Sequence[Call], x: torch.Tensor, seconds: float) -> list[float]:
+    """Seconds of each call on ``x``, the copies of the weight in turns, for about ``seconds``; at least 7, or 2 if
+    those would take more than four times as long. One call before the first does not count."""
+    calls[-1](x)
+    times: list[float] = []
+    start = time.perf_counter()
+    for call in itertools.cycle(calls):
+        spent = time.perf_counter() - start
+        if spent >= seconds and len(times) >= (7 if spent < 4 * seconds else 2):
+            break
+        before = time.perf_counter()
+        call(x)
+        times.append(time.perf_counter() - before)
+    return times
+
+
 def operator_overhead(calls: int = 20_000) -> tuple[float, float]:
     """Seconds of a call on a 64 x 64 weight: through ``pyquant.linear``, and of ``F.linear`` for comparison.
 

@@ -35,9 +35,17 @@ class Environment:
 
 def read_environment() -> Environment:
     """Of the current CUDA device; clocks are read while the GPU computes, since idle ones say nothing."""
-    driver, sm_clock, mem_clock = _query_under_load()
+    return _environment(torch.cuda.get_device_name(), *_query_under_load())
+
+
+def read_cpu_environment(name: str) -> Environment:
+    """Of the CPU called ``name``, in the columns of GPUs."""
+    return _environment(name, "", None, None)
+
+
+def _environment(name: str, driver: str, sm_clock: int | None, mem_clock: int | None) -> Environment:
     return Environment(
-        gpu=torch.cuda.get_device_name(),
+        gpu=name,
         driver=driver,
         sm_clock_mhz=sm_clock,
         mem_clock_mhz=mem_clock,

@@ -102,7 +102,7 @@ def _measure_provider(
 ) -> Iterator[Row | Skip]:
     try:
         operand = provider.build(source)
-        calls = _copies(operand, cold_bytes)
+        calls = cold_calls(operand, cold_bytes)
         reference = None if operand.reference is None else operand.reference()
     except Exception as error:
         skip = _skip(provider, error)
@@ -142,7 +142,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else ""
 
 
-def _copies(operand: Operand, cold_bytes: int) -> list[Call]:
+def cold_calls(operand: Operand, cold_bytes: int) -> list[Call]:
     """Calls on copies of the weight; without ``cold_bytes`` on one."""
     count = cold_copies(operand.nbytes, cold_bytes)
     free = device.free_bytes()
@@ -170,7 +170,7 @@ def _row(
     x = torch.randn(problem.m, problem.k, device=device.NAME, generator=generator).to(problem.dtype)
     with torch.inference_mode():
         timing = time_graph(calls, x, problem.m * problem.n * problem.dtype.itemsize)
-        check, error = _check(provider, x, reference, timing.outputs)
+        check, error = check_outputs(provider.ours, x, reference, timing.outputs)
         do_bench_us = time_do_bench(calls[0], x) if plan.do_bench else None
     us = timing.us
     others.add(problem.m, provider, us)
@@ -204,16 +204,21 @@ def _row(
     )
 
 
-def _check(
-    provider: Provider, x: torch.Tensor, reference: torch.Tensor | None, outputs: Sequence[torch.Tensor]
+def check_outputs(
+    ours: bool,
+    x: torch.Tensor,
+    reference: torch.Tensor | None,
+    outputs: Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
 ) -> tuple[str, float | None]:
     """The worst of all y of the graph against F.linear of the dequantized weight in fp32."""
     if reference is None:
         return "", None
-    exact = F.linear(x.float(), reference)
+    b = None if bias is None else bias.float()
+    exact = F.linear(x.float(), reference, b)
     norm = exact.norm()
-    base = ((F.linear(x, reference.to(x.dtype)).float() - exact).norm() / norm).item()
+    base = ((F.linear(x, reference.to(x.dtype), bias).float() - exact).norm() / norm).item()
     # NaN is not below any budget, and max() of tensors passes it on.
     error = torch.stack([(y.float() - exact).norm() / norm for y in outputs]).max().item()
-    budget = max(ERROR_BUDGET * base, ERROR_FLOOR) if provider.ours else PEER_ERROR
+    budget = max(ERROR_BUDGET * base, ERROR_FLOOR) if ours else PEER_ERROR
     return PASSED if error <= budget else INCORRECT, round(error, 7)

@@ -58,7 +58,22 @@ def time_graph(calls: Sequence[Call], x: torch.Tensor, output_bytes: int) -> Tim
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [call(x) for call in itertools.islice(itertools.cycle(calls), count)]
-    return Timing(*_replay(graph, count), outputs)
+    return Timing(*_replay(graph.replay, count), outputs)
+
+
+def time_stream(calls: Sequence[Call], x: torch.Tensor) -> Timing:
+    """The same without a graph: calls launched one by one on the current stream, so that the host's time counts where
+    it is the longer one."""
+    long_us = _warm_up(calls, x)
+    count = max(len(calls), MIN_CALLS)
+    if long_us > _LONG_CALL_US:
+        count = min(count, max(2, round(_REPLAY_US / long_us)))
+
+    def round_of_calls() -> None:
+        for call in itertools.islice(itertools.cycle(calls), count):
+            call(x)
+
+    return Timing(*_replay(round_of_calls, count), [calls[0](x)])
 
 
 def _warm_up(calls: Sequence[Call], x: torch.Tensor) -> float:
@@ -77,18 +92,18 @@ def _warm_up(calls: Sequence[Call], x: torch.Tensor) -> float:
     return start.elapsed_time(stop) * 1e3
 
 
-def _replay(graph: torch.cuda.CUDAGraph, calls: int) -> tuple[float, float, float]:
-    """Median, p10 and p90 of us per call.
+def _replay(replay: Callable[[], None], calls: int) -> tuple[float, float, float]:
+    """Median, p10 and p90 of us per call, of which ``replay`` queues ``calls``.
 
     Replays are queued behind each other without waiting, so that the host's time to launch a graph is hidden.
     """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     for _ in range(2):
-        graph.replay()
+        replay()
     for i, event in enumerate(events):
         event.record()
         if i < REPLAYS:
-            graph.replay()
+            replay()
     torch.cuda.synchronize()
     us = [a.elapsed_time(b) * 1e3 / calls for a, b in itertools.pairwise(events)]
     median, p10, p90 = np.percentile(us, [50, 10, 90])

@@ -1,4 +1,4 @@
-"""The command line: ``pyquant quantize | convert | verify | bench | info``."""
+"""The command line: ``pyquant quantize | convert | verify | bench | profile | table | info``."""
 
 from .app import main
 

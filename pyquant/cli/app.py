@@ -1,6 +1,6 @@
 """The command group and what all commands share: exit codes and error lines.
 
-Exit codes: 0 all well; 1 a check failed, or the data is bad; 2 wrong usage.
+Exit codes: 0 all well; 1 a check failed, or the data is bad; 2 wrong usage; 3 profile: no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from .. import __version__
 from .bench import bench
 from .convert import convert
 from .info import info
+from .profile import profile
 from .quantize import quantize
+from .table import table
 from .verify import verify
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -49,10 +51,12 @@ def main() -> None:
       pyquant quantize model.safetensors model-nf4.safetensors --format nf4 --nested
       pyquant convert ./llama-bnb-4bit ./llama-pyquant
       pyquant verify model-nf4.safetensors model.safetensors --min-sqnr 18
+      pyquant profile --model llama-3.1-8b --csv profile.csv
+      pyquant table build profile.csv -o table.json
       pyquant info
       cmake -B build -DCMAKE_PREFIX_PATH=$(pyquant --cmake-prefix)
     """
 
 
-for _command in (quantize, convert, verify, bench, info):
+for _command in (quantize, convert, verify, bench, profile, table, info):
     main.add_command(_command)

@@ -50,3 +50,21 @@ class Format(click.ParamType):
             return parse_format_spec(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class IntRanges(click.ParamType):
+    """``1,16:128:16``: positive integers, each once, sorted; ``start:end[:step]`` includes the end."""
+
+    name = "INT|START:END[:STEP][,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        values: set[int] = set()
+        for part in str(value).split(","):
+            numbers = [int(word) if word.isdigit() else 0 for word in part.strip().split(":")]
+            if len(numbers) > 3 or 0 in numbers or numbers[0] > numbers[min(1, len(numbers) - 1)]:
+                self.fail(f"expected positive integers or start:end:step such as 1,16:128:16, got {part!r}", param, ctx)
+            first, last, step = (*numbers, *(numbers[0], 1)[len(numbers) - 1 :])[:3]
+            values.update(range(first, last + 1, step))
+        return tuple(sorted(values))

@@ -161,6 +161,40 @@ CX_API int32_t cx_instance_count(void);
 CX_API cx_status cx_get_instance(int32_t index, cx_instance_info* info);
 CX_API cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index);
 
+/* The name of the CPU (its model) or of the current CUDA device, which its table carries; empty if unknown. */
+CX_API cx_status cx_device_name(cx_device device, const char** name);
+
+/* Dispatch tables. What `pyquant table build` made of measurements on this GPU is used by cx_gemm and
+ * cx_select_instance; without a table for the device a rule over the instance list decides.
+ *
+ * Loads the table of one device from a JSON file; it takes the place of the one that the library was built with. NULL:
+ * back to those of the build. A file that is no table is CX_INVALID_ARGUMENT with its line, and changes nothing. Calls
+ * that run meanwhile use the old or the new table. */
+CX_API cx_status cx_load_table(const char* path);
+
+/* The names that tables may have: every instance, also those that this build lacks (CUDA). NULL: no such index. */
+CX_API const char* cx_table_instance(int32_t index);
+
+typedef struct cx_table_query {
+  const char* device; /* as cx_device_name */
+  const char*
+      encoding; /* int4, uint4, codebook4, ...; with -nested for nested absmax, -flat for groups across row ends */
+  cx_dtype dtype;
+  int64_t group_size; /* K or more: one group per row */
+  int64_t n, k, m;
+} cx_table_query;
+
+typedef struct cx_table_answer {
+  const char* instance;    /* maybe one that dequantizes, for callers with a dense GEMM */
+  const char* gemm;        /* for the others; NULL: not measured, the rule decides */
+  int64_t group_size;      /* of the nearest measured weight; 0: one group per row */
+  int64_t n, k;            /* of the nearest measured weight */
+  int64_t m_first, m_last; /* the bucket of M; m_last is INT64_MAX in the last one */
+} cx_table_answer;
+
+/* What the tables say; CX_NOT_SUPPORTED if none has the device, encoding and dtype. */
+CX_API cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* answer);
+
 /* Sizes of the weight's buffers; reads format, layout, scale_type, zero_type, n, k and group_size only. */
 CX_API cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes);
 

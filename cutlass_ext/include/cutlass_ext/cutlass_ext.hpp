@@ -59,6 +59,10 @@ inline std::vector<cx_instance_info> instances() {
   return rows;
 }
 
+// Dispatch tables: cx_load_table. No path: back to the tables of the build.
+inline void load_table(const std::string& path) { check(cx_load_table(path.c_str())); }
+inline void load_table() { check(cx_load_table(nullptr)); }
+
 // A row-major matrix of somebody else; `ld` counts elements between rows.
 template <typename T>
 struct MatrixView {

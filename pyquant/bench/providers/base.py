@@ -23,12 +23,13 @@ class Unavailable(Exception):
 
 
 class Source:
-    """A random weight [N, K] on the GPU, and its quantized forms, made once and shared by all providers."""
+    """A random weight [N, K] on the GPU, or on ``place``, and its quantized forms, made once and shared by all."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, place: str = "") -> None:
         self.n, self.k, self.dtype = n, k, dtype
-        generator = torch.Generator(device=device.NAME).manual_seed(n * 1_000_003 + k)
-        self.w = (torch.randn(n, k, device=device.NAME, generator=generator) * k**-0.5).to(dtype)
+        place = place or device.NAME
+        generator = torch.Generator(device=place).manual_seed(n * 1_000_003 + k)
+        self.w = (torch.randn(n, k, device=place, generator=generator) * k**-0.5).to(dtype)
         self._quantized: dict[FormatSpec, QuantizedWeight] = {}
         self._packed: dict[FormatSpec, PackedWeight] = {}
         self._dequantized: dict[FormatSpec, torch.Tensor] = {}
