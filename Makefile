@@ -38,6 +38,7 @@ sanitize: $(VENV)/.tools
 	build/sanitize/contract_test
 	build/sanitize/plan_test
 	build/sanitize/simt_plan_test
+	build/sanitize/wgmma_plan_test
 
 spills: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/check_spills.py

@@ -31,9 +31,16 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
   if (problem.weight.flat_scales) return 0;
   return problem.dtype == DType::kFp32 ? 16 : 8;
 }
-// With wgmma: stream up to so many tokens, and the dense GEMM from so many.
-constexpr int64_t kCudaStreamTokensBesideWgmma = 16;
-constexpr int64_t kCudaWgmmaTokens = 2048;
+
+// Above kCudaStreamTokens and up to so many, wgmma where it covers the problem. Us of wgmma int4 g64 / wgmma nf4 /
+// cuBLAS bf16 on the dequantized weight (dequantizing it first costs 10 to 60 us more; H200, cold weights in a CUDA
+// graph, 2026-11-21):
+//   M               64                  512                 1024                2048
+//   4096 x 4096     12.2, 13.0 / 12.2   28.4, 34.7 / 23.9   46.4, 52.9 / 43.9   97.7, 114 / 85.8
+//   8192 x 8192     30.8, 29.4 / 37.0   86.3, 101 / 91.7    172, 216 / 173      385, 458 / 387
+//   28672 x 4096    44.6, 51.5 / 62.6   186, 243 / 164      346, 405 / 353      702, 802 / 712
+//   4096 x 14336    30.0, 31.9 / 37.0   85.7, 107 / 77.7    148, 180 / 151      334, 394 / 336
+int64_t cuda_wgmma_tokens(const GemmProblem& problem) { return problem.weight.is_codebook ? 1024 : 2048; }
 
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
@@ -53,7 +60,7 @@ int first_gemm(const GemmProblem& problem, Family family) {
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   const int stream = first_gemm(problem, Family::kStream);
-  if (problem.m > kCudaStreamTokensBesideWgmma && (problem.m <= kCudaWgmmaTokens || !dense_fallback)) {
+  if (problem.m > kCudaStreamTokens && (problem.m <= cuda_wgmma_tokens(problem) || !dense_fallback)) {
     const int wgmma = first_gemm(problem, Family::kWgmma);
     if (wgmma >= 0) return wgmma;
   }

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every CUDA source for every architecture we ship and fails if a kernel spills registers. Needs no GPU.
+"""Compiles every CUDA source for every architecture we ship and fails if a kernel spills registers or its wgmma are
+serialised. Needs no GPU.
 
     scripts/check_spills.py                 # sm_80 and sm_90a
     scripts/check_spills.py --arch 90a --rows 40
@@ -26,6 +27,8 @@ USAGE = re.compile(
     r"Compiling entry function '(\w+)' for '\w+'\n.*Function properties for \w+\n"
     r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
 )
+# A kernel whose wgmma are serialised runs at a fraction of its speed; ptxas only remarks it.
+SERIALISED = re.compile(r"^.*wgmma\.mma_async instructions are serialized.*$", re.MULTILINE)
 # simt with tiles of 8 tokens, sm_90a: 12 to 56 bytes of what lives around the loop, read once per chunk of x, seen on
 # 2026-11-21 with nvcc 13.0; no other kernel may spill. Tried without ending it: scales multiplied into the weights (32
 # sums fewer), places in the grid read anew behind the loop, __syncwarp between steps, ptxas --register-usage-level. The
@@ -77,6 +80,9 @@ def kernels_of(arch: str, jobs: int) -> list[Kernel]:
     missing = {str(source.relative_to(SOURCES)) for source in SOURCES.rglob("*.cu")} - compiled
     if missing:
         sys.exit(f"check_spills: expected {', '.join(sorted(missing))} in kernels/cuda/CMakeLists.txt")
+    serialised = sorted(set(SERIALISED.findall(log)))
+    if serialised:
+        sys.exit("\n".join(["check_spills: ptxas serialises wgmma:", *serialised]))
     found = USAGE.findall(log)
     if len(found) != log.count("Compiling entry function") or not found:
         sys.exit(f"{log}\ncheck_spills: ptxas reports in words that this script does not know")

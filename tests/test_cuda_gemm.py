@@ -154,7 +154,7 @@ def test_every_instance_is_available() -> None:
 @pytest.mark.parametrize(
     ("name", "k", "families"),
     [
-        ("nf4", 128, {1: "stream", 32: "stream", 33: "dense"}),
+        ("nf4", 128, {1: "stream", 32: "stream", 33: "wgmma", 1024: "wgmma", 1025: "dense"}),
         ("nf4", 132, {1: "dense", 16: "dense"}),  # flat scales
         ("kbit3", 128, {1: "simt", 8: "simt", 9: "dense"}),
         ("kbit3", 132, {1: "dense"}),

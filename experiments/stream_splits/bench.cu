@@ -186,9 +186,10 @@ static bool verify(const Problem& q, const Dev& d, const void* y, int64_t ldy, d
 
 template <class Codes, int R, int MT> static st::Compiled pick(const Problem& q) {
 #ifdef ONLY_NF4
-  if (q.scale_type == 6) return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::kResolved>>();
+  if (q.scale_type == 6) return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::kNested>>();
   return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::kFp32>>();
 #else
+  if (q.zero_type) return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::k16BitZeros>>();
   return st::compiled<st::Config<Codes, R, MT, 1, st::ScaleSource::k16Bit>>();
 #endif
 }
@@ -208,11 +209,12 @@ static GemmProblem gemm_of(const Problem& q, const Dev& d, const uint8_t* codes,
   if (!off_dev) { CK(cudaMalloc(&off_dev, 4)); CK(cudaMemcpy(off_dev, &off_host, 4, cudaMemcpyHostToDevice)); }
   GemmProblem g{}; g.device = Device::kCuda; Weight& w = g.weight;
   w.n = q.n; w.k = q.k; w.group_size = q.group; w.bits = 4; w.scale_type = ScaleType(q.scale_type); w.zero_type = ZeroType(q.zero_type); w.is_codebook = q.codebook; w.bias = q.bias;
-  w.codebook = q.codebook ? d.codebook : nullptr; w.codebook_on_device = true; w.codes = codes; w.scales = scales; w.zeros = q.zero_type ? d.zeros : nullptr; w.nested_map = d.map; w.nested_absmax = absmax; w.nested_offset = off_dev;
+  w.codebook = q.codebook ? kNf4 : nullptr; w.codebook_on_device = false; w.codes = codes; w.scales = scales; w.zeros = q.zero_type ? d.zeros : nullptr; w.nested_map = d.map; w.nested_absmax = absmax; w.nested_offset = off_dev;
   g.dtype = DType::kBf16; g.m = q.m; g.x = (const char*)d.x + 2 * q.xoff; g.ldx = q.ldx; g.y = y; g.ldy = ldy; g.bias = q.has_bias ? d.bias : nullptr; g.stream = st; g.programmatic_launch = pdl; g.threads = 1;
   return g;
 }
-static bool plan_for(const GemmProblem& g, const st::Compiled& k, const st::Split& s, st::Params& p, st::Plan& plan) { p = st::params_of(g, 0, int(g.m)); if (!k.traits.pair_table) st::start_integers<st::IntegerCodes<__nv_bfloat16>>(g.weight, &p); return st::plan_split(g, int(g.m), k.traits, cutlass_ext::cuda::device_properties(), s, &p, &plan); }
+static const float* nf4_codebook() { for (auto& f : kFormats) if (f.codebook && f.levels() == 16 && f.codebook[1] == kNf4[1]) return f.codebook; return nullptr; }
+static bool plan_for(const GemmProblem& g, const st::Compiled& k, const st::Split& s, st::Params& p, st::Plan& plan) { p = st::params_of(g, 0, int(g.m)); if (k.traits.pair_table) { static const float f = st::factor_for<st::CodebookCodes<__nv_bfloat16>>(nf4_codebook()); p.codebook_factor = f; } else st::start_integers<st::IntegerCodes<__nv_bfloat16>>(g.weight, &p); return st::plan_split(g, int(g.m), k.traits, cutlass_ext::cuda::device_properties(), s, &p, &plan); }
 static std::string name(const st::Plan& p, int R = 0) { char b[96]; snprintf(b, 96, "R%d c%d r%d k%d g%d", R, p.split.cluster, p.split.row_warps, p.split.k_warps, p.clusters * p.split.cluster); return b; }
 struct Shape { int n, k; };
 static float time_graph(cudaGraphExec_t g, cudaStream_t st, int nodes, int reps) {
@@ -252,6 +254,7 @@ static void run_checks() {
     {1024, 4096, 1, 64, 0, 8, B16, 0, 0, 0, 0}, {1024, 4096, 16, 64, 0, 8, B16, 0, 1, 0, 0}, {200, 328, 3, 64, 0, 8, B16, 0, 1, 8, 0}, {77, 3420, 5, 128, 0, 8, B16, 0, 1, 3, 1},
     {333, 99, 9, 128, 0, 8, B16, 0, 1, 0, 0}, {16, 64, 1, 64, 0, 8, B16, 0, 1, 0, 0}, {1, 1, 1, 64, 0, 8, B16, 0, 1, 0, 0}, {4096, 4096, 8, 4096, 0, 8, B16, 0, 1, 0, 0},
     {9000, 768, 13, 256, 0, 8, B16, 0, 1, 0, 0}, {30000, 512, 2, 64, 0, 8, B16, 0, 1, 0, 0}, {640, 60000, 16, 128, 0, 8, B16, 0, 1, 0, 0}, {700, 1504, 27, 64, 0, 8, B16, 0, 1, 0, 0},
+    {1000, 1024, 4, 64, 0, 0, B16, 1, 1, 0, 0}, {333, 1504, 11, 128, 0, 0, B16, 1, 1, 0, 0}, {333, 1504, 21, 128, 0, 0, B16, 2, 1, 0, 0}, {2000, 640, 7, 64, 0, 0, B16, 2, 1, 0, 0}, {1000, 3584, 4, 64, 1, 0, NST, 0, 1, 0, 0},
     {1000, 1024, 4, 64, 1, 0, F32, 0, 1, 0, 0}, {20000, 640, 7, 64, 1, 0, F32, 0, 1, 0, 0}, {4096, 1536, 8, 64, 1, 0, NST, 0, 1, 0, 0}, {515, 4096, 16, 128, 1, 0, NST, 0, 1, 0, 0}, {40000, 1024, 3, 64, 1, 0, NST, 0, 1, 0, 0}, {700, 1504, 32, 64, 1, 0, F32, 0, 1, 0, 0}};
   int runs = 0, bad = 0; double worst = 0;
   for (auto& c : cs) {
@@ -281,6 +284,7 @@ static void run_checks() {
   }
   printf("CHECKS: %d runs, %d bad, worst ratio %.3f\n", runs, bad, worst);
 }
+static FILE* csv_out = nullptr;
 static void run_times(const char* policies, std::vector<int> ms, std::vector<int> which, int top, bool pdl_too) {
   const Shape shapes[] = {{1024, 4096}, {4096, 4096}, {6144, 4096}, {8192, 8192}, {4096, 14336}, {28672, 4096}, {5120, 5120}, {14336, 4096}, {8192, 28672}, {2048, 2048}};
   cudaStream_t stream; CK(cudaStreamCreate(&stream));
@@ -291,17 +295,17 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
     bool cb = *pc == 'n' || *pc == 'd';
     int group = *pc == 'j' ? 128 : 64, stype = *pc == 'n' ? 0 : *pc == 'd' ? 6 : 2;
     bool floor_done = false;
-    uint8_t* pool = nullptr; int copies = 0; int64_t stride = 0, o_scale = 0, o_absmax = 0;
+    uint8_t* pool = nullptr; int copies = 0; int64_t stride = 0, o_scale = 0, o_absmax = 0, o_zero = 0;
     for (int m : ms) {
-      Problem q{s.n, s.k, m, group, cb, cb ? 0 : 8, stype, 0, 0, false, s.k, 5, 0};
+      Problem q{s.n, s.k, m, group, cb, cb || *pc == 'u' ? 0 : 8, stype, *pc == 'u', 0, false, s.k, 5, 0};
       Dev d = make(q);
       if (!pool) {
-        o_scale = up(d.code_bytes); o_absmax = o_scale + up(d.scale_bytes); stride = o_absmax + up(4 * d.absmax_count);
+        o_scale = up(d.code_bytes); o_absmax = o_scale + up(d.scale_bytes); o_zero = o_absmax + up(4 * d.absmax_count); stride = o_zero + up(d.zero_bytes);
         copies = int(std::max<int64_t>(8, 450000000 / stride + 1));
         CK(cudaMalloc(&pool, stride * copies));
         for (int i = 0; i < copies; ++i) {
           CK(cudaMemcpy(pool + i * stride, d.codes, d.code_bytes, cudaMemcpyDeviceToDevice)); CK(cudaMemcpy(pool + i * stride + o_scale, d.scales, d.scale_bytes, cudaMemcpyDeviceToDevice));
-          CK(cudaMemcpy(pool + i * stride + o_absmax, d.absmax, 4 * d.absmax_count, cudaMemcpyDeviceToDevice));
+          CK(cudaMemcpy(pool + i * stride + o_absmax, d.absmax, 4 * d.absmax_count, cudaMemcpyDeviceToDevice)); if (d.zero_bytes) CK(cudaMemcpy(pool + i * stride + o_zero, d.zeros, d.zero_bytes, cudaMemcpyDeviceToDevice));
         }
       }
       int nodes = std::max(copies, 28);
@@ -318,7 +322,7 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
           t = std::min(t, time_graph(ge, stream, nodes, 11));
           cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
         }
-        printf("## %dx%d %s: %.2f MB, floor(read) %.2f us, %d copies\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6, t, copies);
+        printf("## %dx%d %s: %.2f MB, floor(read) %.2f us, %d copies\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'u' ? "uint4 g64" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6, t, copies);
       }
       void* y; int64_t ybytes = 2LL * m * s.n; CK(cudaMalloc(&y, ybytes * nodes));
       struct Res { float t; std::string n; }; std::vector<Res> res, resp;
@@ -333,7 +337,7 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
         for (int i = 0; i < nodes; ++i) {
           const uint8_t* b = pool + (i % copies) * stride;
           GemmProblem gi = gemm_of(q, d, b, b + o_scale, (const float*)(b + o_absmax), (char*)y + i * ybytes, s.n, pdl, stream);
-          st::Params pi; st::Plan pl; plan_for(gi, k, sp, pi, pl);
+          if (q.zero_type) gi.weight.zeros = b + o_zero; st::Params pi; st::Plan pl; plan_for(gi, k, sp, pi, pl);
           launch1(k, gi, pi, pl);
         }
         CK(cudaStreamEndCapture(stream, &g)); CK(cudaGraphInstantiate(&ge, g, 0));
@@ -341,6 +345,7 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
         cudaGraphExecDestroy(ge); cudaGraphDestroy(g);
         for (int i : {0, nodes - 1}) { double err, base; bool ok = verify(q, d, (char*)y + i * ybytes, s.n, err, base); ++runs; worst = std::max(worst, err / base); if (!ok && ++bad < 20) printf("BAD %s err %.3g base %.3g\n", name(plan).c_str(), err, base); }
         (pdl ? resp : res).push_back({t, name(plan, R)});
+        if (csv_out && !pdl) fprintf(csv_out, "%d,%d,%c,%d,%d,%d,%d,%d,%.3f\n", s.n, s.k, *pc, m, R, plan.split.cluster, plan.split.row_warps, plan.split.k_warps, t);
       }
       auto show = [&](std::vector<Res>& r, const char* tag) {
         std::sort(r.begin(), r.end(), [](const Res& a, const Res& b) { return a.t < b.t; });
@@ -375,6 +380,7 @@ int main(int argc, char** argv) {
     for (int c : {1, 2, 4, 8}) for (int smem : {60000, 120000, 220000}) { CK(cudaFuncSetAttribute(k.function, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024)); cudaLaunchConfig_t lc{}; lc.gridDim = dim3(c); lc.blockDim = dim3(512); lc.dynamicSmemBytes = smem; cudaLaunchAttribute a[1]; a[0].id = cudaLaunchAttributeClusterDimension; a[0].val.clusterDim.x = c; a[0].val.clusterDim.y = a[0].val.clusterDim.z = 1; lc.attrs = a; lc.numAttrs = 1; int v = 0; CK(cudaOccupancyMaxActiveClusters(&v, k.function, &lc)); printf("cluster %d smem %d: %d\n", c, smem, v); }
     return 0;
   }
+  if (getenv("CSV")) csv_out = fopen(getenv("CSV"), "a");
   if (mode == "check") run_checks();
   else run_times(argv[2], list_of(argv[3]), list_of(argv[4]), argc > 5 ? atoi(argv[5]) : 4, argc > 6 && atoi(argv[6]));
   return 0;

@@ -86,6 +86,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
     expect(p.x_pitch >= most * p.x_step, "x of a CTA's part", problem);
     add(p.x_at, int64_t{tokens} * p.x_pitch);
   } else {
+    expect(one_pass || p.part_blocks >= kernel.stages, "x of the first stages", problem);
     add(p.x_at, int64_t{warps} * kernel.stages * tokens * p.x_pitch);
   }
   std::sort(pieces.begin(), pieces.end(), [](Range a, Range b) { return a.begin < b.begin; });

@@ -105,6 +105,8 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
     p.x_pitch = cta_blocks * p.x_step + kernel.x_padding;
     at += static_cast<uint32_t>(resident);
   } else {
+    // The first stages' x is that of the first tile only.
+    if (!one_pass && p.part_blocks < kernel.stages) return false;
     p.x_pitch = layout::kBlockK * 2 + kernel.x_padding;
     p.x_step = tokens * p.x_pitch;
     at += warps * kernel.stages * p.x_step;

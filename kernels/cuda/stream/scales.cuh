@@ -159,7 +159,7 @@ class Scales {
       uint32_t bytes[(kRows + 3) / 4];
       load_bytes(raw + C::kZerosAt + at, bytes);
 #pragma unroll
-      for (int i = 0; i < C::kAtoms; ++i) loaded.words[i] = bytes[i / 2] >> (16 * (i % 2));
+      for (int i = 0; i < (kRows + 3) / 4; ++i) loaded.words[i] = bytes[i];
     } else {
       load_words(raw + C::kZerosAt + at * 2, loaded.words);
     }
@@ -172,7 +172,7 @@ class Scales {
     if constexpr (kResolve) {  // integers: 2^23 + z, as below
       zero = {__uint_as_float(zeros.words[2 * atom]), __uint_as_float(zeros.words[2 * atom + 1])};
     } else if (p.zero_type == int(ZeroType::kInteger)) {
-      zero = bytes_above_2_to_23(zeros.words[atom]);
+      zero = bytes_above_2_to_23(zeros.words[atom / 2], 2 * (atom % 2));
     } else {
       zero = unpack_pair<T>(zeros.words[atom]);
     }
@@ -229,10 +229,10 @@ class Scales {
     }
   }
 
-  // 2^23 and the two low bytes, which are its last mantissa bits then.
-  __device__ __forceinline__ static float2 bytes_above_2_to_23(uint32_t word) {
-    return {__uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650)),
-            __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7651))};
+  // 2^23 and two bytes of a word, the first and the next, which are its last mantissa bits then.
+  __device__ __forceinline__ static float2 bytes_above_2_to_23(uint32_t word, int first) {
+    return {__uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650 + first)),
+            __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7651 + first))};
   }
 
   __device__ __forceinline__ static float byte_scale(const Params& p, uint32_t byte) {
@@ -254,7 +254,7 @@ class Scales {
 
   __device__ __forceinline__ static float2 zero_pair(const Params& p, uint32_t from) {
     if (p.zero_type != int(ZeroType::kInteger)) return scale_pair(p, from);
-    return bytes_above_2_to_23(load_shared_2(from));
+    return bytes_above_2_to_23(load_shared_2(from), 0);
   }
 
   // Rows and groups behind the weight are padding: any that exist.

@@ -1,20 +1,19 @@
 // The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
-// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage is
-//          a 64-k block of x (TMA, 128-byte swizzle, zeros beyond M and K), and of codes, scales and zeros of the CTA's
-//          64-row slabs (flat bulk copies, a slab's blocks are one run of bytes).
-// Scales   Three more warps take turns at the stages to make scales of any type what decode multiplies with.
-// Decode   A step is half a block, two k16 steps of a slab. The operands of a step are decoded while the MMAs of the step
-//          before run: two sets of registers, and one group of MMAs always in flight.
+// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage
+//          is a chunk, one or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
+//          scales and zeros of the CTA's 64-row slabs (TMA too: a map's rows are slabs, a box has all of the CTA's).
+// Scales   Three more warps make of scales of any type what decode multiplies with.
+// Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
+//          half before run: two sets of registers, and one group of MMAs always in flight.
 // Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
-//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which each
-//          CTA adds the tokens it stores. Every sum is added in one fixed order.
+//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which
+//          each CTA adds the tokens it stores. Every sum is added in one fixed order.
 // Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
 #pragma once
 
 #include <cuda.h>
-
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/fast_math.h>
@@ -26,7 +25,6 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 #include "kernels/cuda/ptx.cuh"
-#include "kernels/cuda/stream/codebook_factor.hpp"
 #include "kernels/cuda/wgmma/codes.cuh"
 #include "kernels/cuda/wgmma/params.hpp"
 #include "kernels/cuda/wgmma/scales.cuh"
@@ -51,9 +49,9 @@ template <class Codes_, int kTokens_, int kRowTiles_, int kWarpgroups_>
 struct Config {
   using Codes = Codes_;
   using T = typename Codes::T;
-  static constexpr int kTokens = kTokens_;          // of a tile
-  static constexpr int kRowTiles = kRowTiles_;      // slabs of a warpgroup
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, at most
+  static constexpr int kTokens = kTokens_;                // of a tile
+  static constexpr int kRowTiles = kRowTiles_;            // slabs of a warpgroup
+  static constexpr int kWarpgroups = kWarpgroups_;        // that multiply, at most
   static constexpr int kBlocks = kTokens <= 128 ? 2 : 1;  // of a chunk: with 256 tokens x takes 32 KB a block
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
@@ -62,9 +60,9 @@ struct Config {
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
   using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
-  using Atom = decltype(cute::GMMA::rs_op_selector<
-Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>, cute::GMMA::Major::K,
-                        cute::GMMA::Major::K>());
+  using Atom =
+      decltype(cute::GMMA::rs_op_selector<Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>,
+                                          cute::GMMA::Major::K, cute::GMMA::Major::K>());
 };
 
 // Runs through the stages of the ring, over all tiles.
@@ -106,42 +104,34 @@ class Kernel {
   }
 
   __device__ __forceinline__ void run() {
-    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroupThreads, 0);
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
     launch_dependents();
-    if (threadIdx.x == 32) {
-      prefetch(arguments.codes);
-      prefetch(arguments.scales);
-      prefetch(arguments.x);
-      if (p.zero_bytes != 0) prefetch(arguments.zeros);
-    }
-    if (threadIdx.x < kMaxStages) {
-      Barrier::init(full + threadIdx.x, 1);
-      Barrier::init(resolved + threadIdx.x, 1);
-      Barrier::init(empty + threadIdx.x, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
-      cutlass::arch::fence_barrier_init();
-    }
-    if constexpr (Codes::kTable) copy_codebook();
-    if (p.scale_type == int(ScaleType::kNested)) {
-      for (int i = threadIdx.x; i < kNestedMapSize; i += blockDim.x) {
-        store_shared_float(shared + p.nested_map_at + i * 4, __ldg(p.nested_map + i));
+    int ahead = 0;  // chunks whose weights are requested
+    if (warp == 0) {
+      if (cute::elect_one_sync()) ahead = start();
+    } else {
+      if constexpr (Codes::kTable) copy_codebook();
+      if (p.scale_type == int(ScaleType::kNested)) {
+        for (int i = threadIdx.x - 32; i < kNestedMapSize; i += blockDim.x - 32) {
+          store_shared_float(shared + p.nested_map_at + i * 4, __ldg(p.nested_map + i));
+        }
       }
     }
     __syncthreads();
-    if (in_cluster()) cluster_wait_for_all();
-    if (warpgroup == 0) {
+    if (p.cluster_n > 1) cluster_wait_for_all();  // the others' barriers are there
+    if (warp < kWarpgroupThreads / 32) {
       cutlass::arch::warpgroup_reg_dealloc<C::kCopyRegisters>();
-      const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
       if (warp == 0) {
-        copy();
+        copy(ahead);
       } else {
         resolve(warp - 1);
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<C::kMultiplyRegisters>();
-      multiply(warpgroup - 1);
+      multiply(warp / 4 - 1);
     }
     // Others may still copy x to this CTA, or arrive at its barriers.
-    if (in_cluster()) cluster_wait_for_all();
+    if (p.cluster_n > 1) cluster_wait_for_all();
   }
 
  private:
@@ -159,7 +149,6 @@ class Kernel {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
   }
 
-  __device__ __forceinline__ bool in_cluster() const { return p.cluster_n * p.cluster_k > 1; }
   __device__ __forceinline__ int tiles() const { return p.row_tiles * p.token_tiles; }
 
   __device__ __forceinline__ Tile tile_at(int index) const {
@@ -174,31 +163,20 @@ class Kernel {
 
   // ---- the codebook
 
-  // Sixteen values of the type of x, low bytes first, and what undoes their factor. By the first warp.
+  // Sixteen values of the type of x, low bytes first. By the second warp.
   __device__ __forceinline__ void copy_codebook() const {
-    if (threadIdx.x >= 32) return;
+    if (threadIdx.x >= 64) return;
     const int i = threadIdx.x % kCodebookSize;
-    const bool given = p.codebook_data != nullptr;
-    const float factor = given ? search_factor() : p.codebook_factor;
-    const float value = (given ? p.codebook_data[i] : p.codebook[i]) * factor;
+    const float value = p.codebook_data != nullptr ? p.codebook_data[i] : p.codebook[i];
     const uint32_t bits = as_bits(Pair<T>::of(value, value));
     store_shared_byte(shared + p.codebook_at + i, bits);
     store_shared_byte(shared + p.codebook_at + kCodebookSize + i, bits >> 8);
-    if (threadIdx.x == 0) store_shared_float(shared + p.codebook_at + 2 * kCodebookSize, 1 / factor);
   }
 
-  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16 bits.
+  // The low byte of a register. In C++ nvcc 13.0 makes a conversion from fp16 of it where the value was rounded to 16
+  // bits.
   __device__ __forceinline__ static void store_shared_byte(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-  }
-
-  // A weight's own codebook is not known to the host: every lane tries one factor.
-  __device__ __forceinline__ float search_factor() const {
-    const float error = stream::rounding_error(p.codebook_data, stream::factor_at(threadIdx.x % stream::kFactors),
-                                               [](float v) { return float(T(v)); });
-    // Errors are not negative, so that their bits are in their order.
-    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, __float_as_uint(error));
-    return stream::factor_at(__ffs(__ballot_sync(0xFFFFFFFFu, __float_as_uint(error) == least)) - 1);
   }
 
   // By all warps that multiply: two threads an entry, 64 bytes each; the order of their pieces keeps eight threads on
@@ -237,18 +215,34 @@ class Kernel {
 
   // ---- copies
 
-  __device__ __forceinline__ void copy() {
-    const bool copies = cute::elect_one_sync();
+  // Before anything else, by the thread that copies: its barriers, and the weights of the first chunks, which do not
+  // depend on the kernel before.
+  __device__ __forceinline__ int start() const {
+    prefetch(arguments.codes);
+    prefetch(arguments.scales);
+    prefetch(arguments.x);
+    if (p.zero_bytes != 0) prefetch(arguments.zeros);
+    for (int i = 0; i < p.stages; ++i) Barrier::init(full + i, 1);
+    cutlass::arch::fence_barrier_init();
+    const Tile tile = tile_at(first_tile);
+    const int ahead = min(p.stages, chunks);
+    for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
+    for (int i = 0; i < p.stages; ++i) {
+      Barrier::init(resolved + i, kResolveWarps);
+      Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
+    }
+    cutlass::arch::fence_barrier_init();
+    return ahead;
+  }
+
+  __device__ __forceinline__ void copy(int ahead) {
+    const bool copies = ahead > 0;
     RingPosition at;
-    bool first = true;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       if (copies) {
         const Tile tile = tile_at(index);
         int chunk = 0;
-        if (first) {
-          // Weights do not depend on the kernel before.
-          const int ahead = min(p.stages, chunks);
-          for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
+        if (index == first_tile) {
           wait_for_previous_kernel();
           for (; chunk < ahead; ++chunk, at.advance(p.stages)) copy_x(tile, chunk, at.stage);
         }
@@ -257,18 +251,17 @@ class Kernel {
           copy_weights(tile, chunk, at.stage);
           copy_x(tile, chunk, at.stage);
         }
-        first = false;
       }
       skip_sums();
     }
   }
 
-  // Takes part in the barriers of add_parts.
+  // Takes part in the barriers of add_parts and finish_tile.
   __device__ __forceinline__ void skip_sums() const {
     __syncwarp();
     if (p.cluster_k > 1) {
-      cluster_sync();
-      cluster_sync();
+      cluster_wait_for_all();
+      cluster_wait_for_all();
     }
   }
 
@@ -308,8 +301,8 @@ class Kernel {
 
   // ---- scales
 
-  // One of kResolveWarps warps, which take turns at the stages.
-  __device__ __forceinline__ void resolve(int turn) {
+  // One of kResolveWarps warps, which share the groups of a stage.
+  __device__ __forceinline__ void resolve(int share) {
     const int lane = threadIdx.x % 32;
     const ScaleResolver<Codes> resolver(p, shared, lane);
     const int groups = p.slabs_per_cta * p.groups_in_chunk;
@@ -319,23 +312,18 @@ class Kernel {
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const Tile tile = tile_at(index);
       for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
-        if (turn != 0) {
-          --turn;
-          continue;
-        }
-        turn = kResolveWarps - 1;
         typename ScaleResolver<Codes>::SecondLevel second{};
         const auto load_second_level = [&](int i) {
-          if (nested) {
+          if (nested && i < groups) {
             second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), chunk0 + chunk,
                                                 i & (p.groups_in_chunk - 1));
           }
         };
-        load_second_level(0);
+        load_second_level(share);
         Barrier::wait(full + at.stage, at.phase);
-        for (int i = 0; i < groups; ++i) {
+        for (int i = share; i < groups; i += kResolveWarps) {
           const auto current = second;
-          if (i + 1 < groups) load_second_level(i + 1);
+          load_second_level(i + kResolveWarps);
           resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, i, current);
         }
         __syncwarp();
@@ -388,8 +376,7 @@ class Kernel {
 
     __device__ __forceinline__ void operator()(int stage) const {
       if (arrives) {
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8)
-                     : "memory");
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8) : "memory");
       }
     }
   };
@@ -433,8 +420,7 @@ class Kernel {
   __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
                                                 RingPosition& at, Sums& sums) const {
     // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
-    const uint32_t codes_at =
-        p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
+    const uint32_t codes_at = p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
     constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
     const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
     const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
@@ -443,8 +429,8 @@ class Kernel {
     const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
     const uint32_t ring = shared + p.ring_at;
     uint32_t stage = ring + at.stage * p.stage_bytes;
-    uint4 w;                       // codes of the block that is decoded
-    uint32_t pair, second_pair;  // its scales, and zeros or what the scales lack
+    uint4 w, next_w;             // codes of the block that is decoded, and of the next one
+    uint32_t pair, second_pair;  // the next one's scales, and zeros or what the scales lack
     Scale scale;
     uint32_t a[2][2][4];  // operands of the two halves of a block
     // A chunk is walked slab by slab; `step` counts the k16 steps of a slab's chunk.
@@ -460,7 +446,7 @@ class Kernel {
       }
     };
     const auto fetch = [&](int r, int block) __attribute__((always_inline)) {
-      w = load_shared_16(stage + codes_at + (r * C::kBlocks + block) * kBlockBytes);
+      next_w = load_shared_16(stage + codes_at + (r * C::kBlocks + block) * kBlockBytes);
       fetch_scale(r, block * layout::kSteps);
     };
     const auto take_scale = [&]() __attribute__((always_inline)) {
@@ -471,6 +457,10 @@ class Kernel {
         repeat(second_pair, scale.zero);
       }
     };
+    const auto take_next = [&]() __attribute__((always_inline)) {
+      w = next_w;
+      take_scale();
+    };
     const auto decode_step = [&](int r, int step, uint32_t word, uint32_t (&to)[4]) __attribute__((always_inline)) {
       if (Codes::kFine && step % layout::kSteps != 0 && (step & (p.group_steps - 1)) == 0) {  // groups of 16 and 32
         fetch_scale(r, step);
@@ -479,7 +469,7 @@ class Kernel {
       Codes::decode(word, table, scale, p.has_rest, to);
     };
     const auto decode = [&](int r, int block, int half) __attribute__((always_inline)) {
-      if (half == 0) take_scale();
+      if (half == 0) take_next();
       const int step = block * layout::kSteps + 2 * half;
       decode_step(r, step, half == 0 ? w.x : w.z, a[half][0]);
       decode_step(r, step + 1, half == 0 ? w.y : w.w, a[half][1]);
@@ -492,13 +482,15 @@ class Kernel {
     bool first = true;
 #pragma unroll 1
     do {
+      constexpr int kHalves = 2 * C::kBlocks * C::kRowTiles;
       const cute::GmmaDescriptor x = descriptor(stage);
       const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
+      const bool more = left > 1;
 #pragma unroll
-      for (int half_block = 0; half_block < 2 * C::kBlocks * C::kRowTiles; ++half_block) {
-        const int half = half_block % 2;
-        const int block = half_block / 2 % C::kBlocks;
-        const int r = half_block / 2 / C::kBlocks;
+      for (int i = 0; i < kHalves; ++i) {
+        const int half = i % 2;
+        const int block = i / 2 % C::kBlocks;
+        const int r = i / 2 / C::kBlocks;
         cute::warpgroup_arrive();
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -507,23 +499,31 @@ class Kernel {
           issue(sums.v[r], a[half][step], b.desc_, !first || block > 0 || half > 0 || step > 0);
         }
         cute::warpgroup_commit_batch();
-        if (half_block + 1 < 2 * C::kBlocks * C::kRowTiles) {
-          const int next_r = (half_block + 1) / 2 / C::kBlocks, next_block = (half_block + 1) / 2 % C::kBlocks;
-          if (half == 1) fetch(next_r, next_block);
-          cute::warpgroup_wait<1>();
-          if (half_block == 0 && !first) release(stage_before);
-          decode(next_r, next_block, 1 - half);
+        const bool last_block = i + 2 >= kHalves;
+        // While the first half of a block is multiplied, the next block's codes are on their way; where groups change
+        // within a block, its second half still reads scales of its own.
+        if (half == (Codes::kFine ? 1 : 0)) {
+          if (!last_block) {
+            fetch((i + 2) / 2 / C::kBlocks, (i + 2) / 2 % C::kBlocks);
+          } else {
+            at.advance(p.stages);
+            stage = at.stage == 0 ? ring : stage + p.stage_bytes;
+            if (more) {
+              wait(barriers + at.stage * 8, at.phase);
+              fetch(0, 0);
+            }
+          }
+        }
+        cute::warpgroup_wait<1>();
+        if (i == 0 && !first) release(stage_before);
+        if (half == 0) {
+          decode(r, block, 1);
+        } else if (!last_block) {
+          decode((i + 1) / 2 / C::kBlocks, (i + 1) / 2 % C::kBlocks, 0);
+        } else if (more) {
+          decode(0, 0, 0);
         }
       }
-      at.advance(p.stages);
-      stage = at.stage == 0 ? ring : stage + p.stage_bytes;
-      const bool more = left > 1;
-      if (more) {
-        wait(barriers + at.stage * 8, at.phase);
-        fetch(0, 0);
-      }
-      cute::warpgroup_wait<1>();
-      if (more) decode(0, 0, 0);
       first = false;
     } while (--left > 0);
     cute::warpgroup_wait<0>();
@@ -555,17 +555,19 @@ class Kernel {
     const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
     sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
     const uint32_t mine =
-        shared + p.ring_at + (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+        shared + p.ring_at +
+        (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const float* v = sums.v[r] + 4 * q;
-        store_shared_16(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
-                        make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                                   __float_as_uint(v[3])));
+        store_shared_16(
+            mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+            make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
       }
-    cluster_sync();
+    cute::cluster_arrive();
+    cute::cluster_wait();
 #pragma unroll 1
     for (int source = 0; source < p.cluster_k; ++source) {
       if (source == part) continue;
@@ -574,8 +576,8 @@ class Kernel {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           if (!stores(q / 2)) continue;
-          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16,
-                                              source * p.cluster_n + rank_n);
+          const float4 v =
+              load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source * p.cluster_n + rank_n);
           float* to = sums.v[r] + 4 * q;
           to[0] += v.x;
           to[1] += v.y;
@@ -583,14 +585,11 @@ class Kernel {
           to[3] += v.w;
         }
     }
-    cute::tma_store_fence();  // the next copies into the ring come from another proxy
-    cute::cluster_arrive();
   }
 
   __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
     if (p.cluster_k > 1) add_parts(warpgroup, sums);
-    float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
-    if constexpr (Codes::kTable) factor *= load_shared_float(shared + p.codebook_at + 2 * kCodebookSize);
+    const float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
     const int thread = threadIdx.x % kWarpgroupThreads;
     uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
     const int first_token = tile.token * C::kTokens;
@@ -631,14 +630,17 @@ class Kernel {
           const int piece = thread % 8;
           const int y_token = first_token + first_unit * kUnitTokens + token;
           if (!stores(first_unit + u) || y_token >= p.m) continue;
-          store_piece(y_token, slab_row + piece * 8,
-                      load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes +
-                                     (piece ^ (token & 7)) * 16));
+          store_piece(
+              y_token, slab_row + piece * 8,
+              load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes + (piece ^ (token & 7)) * 16));
         }
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
-    if (p.cluster_k > 1) cute::cluster_wait();  // everyone has read this CTA's sums
+    if (p.cluster_k > 1) {      // everyone has read this CTA's sums
+      cute::tma_store_fence();  // the next copies into the ring come from another proxy
+      cluster_wait_for_all();
+    }
   }
 
   // Eight rows of a token.

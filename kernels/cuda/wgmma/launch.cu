@@ -5,7 +5,6 @@
 
 #include "kernels/cuda/cluster_launch.hpp"
 #include "kernels/cuda/launch.hpp"
-#include "kernels/cuda/stream/codebook_factor.hpp"
 #include "kernels/cuda/wgmma/launch.cuh"
 #include "kernels/decode.hpp"
 
@@ -92,43 +91,11 @@ bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, A
          (p.zero_bytes == 0 || encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));
 }
 
-float best_factor(const float* codebook, DType dtype) {
-  const auto round = [&](float v) {
-    return dtype == DType::kFp16 ? fp16_to_float(float_to_fp16(v)) : bf16_to_float(float_to_bf16(v));
-  };
-  float best = 1;
-  for (int i = 1; i < stream::kFactors; ++i) {
-    const float factor = stream::factor_at(i);
-    if (stream::rounding_error(codebook, factor, round) < stream::rounding_error(codebook, best, round)) best = factor;
-  }
-  return best;
-}
-
-// The factor of a format's own codebook: stream/codebook_factor.hpp.
-float factor_of_codebook(const Weight& weight, DType dtype) {
-  if (weight.codebook_on_device) return 1;
-  struct Factors {
-    float of[kFormatCount][2];
-    Factors() {
-      for (int i = 0; i < kFormatCount; ++i) {
-        const bool found = kFormats[i].codebook != nullptr && kFormats[i].levels() == kCodebookSize;
-        of[i][0] = found ? best_factor(kFormats[i].codebook, DType::kBf16) : 1;
-        of[i][1] = found ? best_factor(kFormats[i].codebook, DType::kFp16) : 1;
-      }
-    }
-  };
-  static const Factors factors;
-  for (int i = 0; i < kFormatCount; ++i) {
-    if (kFormats[i].codebook == weight.codebook) return factors.of[i][dtype == DType::kFp16];
-  }
-  return 1;
-}
-
 }  // namespace
 
 bool runs_here(const void* function) {
 #ifdef CX_SM90A
-  enum : char { kUnknown, kNo, kYes };
+  enum : char { kUnknown, kCannot, kCan };
   static std::atomic<char> known[kMaxDevices];
   int device = 0;
   if (!device_available() || cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) {
@@ -141,9 +108,9 @@ bool runs_here(const void* function) {
     if (!loads) cudaGetLastError();
     // What PTX was compiled for decides too: sm_80 code has no wgmma.
     const bool hopper = loads && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
-    known[device] = hopper && encode_tiled() != nullptr ? kYes : kNo;
+    known[device] = hopper && encode_tiled() != nullptr ? kCan : kCannot;
   }
-  return known[device] == kYes;
+  return known[device] == kCan;
 #else
   (void)function;
   return false;
@@ -164,7 +131,6 @@ Params params_of(const GemmProblem& problem) {
   p.zero_type = static_cast<int32_t>(w.zero_type);
   p.bias_of_codes = w.bias;
   if (w.is_codebook) {
-    p.codebook_factor = factor_of_codebook(w, problem.dtype);
     if (w.codebook_on_device) {
       p.codebook_data = w.codebook;
     } else {

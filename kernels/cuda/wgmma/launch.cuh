@@ -11,8 +11,8 @@ namespace cutlass_ext::cuda::wgmma {
 template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&wgmma_kernel<C>),
-          {C::kTokens, C::kBlocks, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable, C::Codes::kPairTable,
-           C::Codes::kFine}};
+          {C::kTokens, C::kBlocks, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable,
+           C::Codes::kPairTable, C::Codes::kFine}};
 }
 
 // A tile is a line here. Codes: a policy of codes.cuh.
@@ -67,7 +67,7 @@ bool available() {
 
 template <template <class, bool, int> class Codes, class T>
 constexpr Instance make_instance(const char* name) {
-  return {name,    Device::kCuda,    Family::kWgmma, &available<Codes, T>, &supports<Codes, T>,
+  return {name,    Device::kCuda,   Family::kWgmma, &available<Codes, T>, &supports<Codes, T>,
           nullptr, &gemm<Codes, T>, nullptr};
 }
 

@@ -1,4 +1,4 @@
-// What a launch of the wgmma kernel gets beside the tensor map of x: the problem in kernel terms, and the plan.
+// What a launch of the wgmma kernel gets beside tensor maps: the problem in kernel terms, and the plan.
 #pragma once
 
 #include <cstdint>
@@ -15,25 +15,26 @@ constexpr int kPieceBytes = 8;
 // operand.
 constexpr uint32_t kSharedBase = 1024;
 constexpr uint32_t kPairTableBytes = 256 * 256;  // 256 pairs of codes, a copy for each of 32 banks, every 256 bytes
-constexpr int kSharedAlignment = 1024;  // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
+constexpr int kSharedAlignment = 1024;           // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
 
 struct Params {
   // What a CTA does. A cluster has `cluster_k` parts of K, each of `cluster_n` CTAs that share x.
   int32_t cluster_n, cluster_k;
-  int32_t slabs_per_cta;  // 64-row slabs
-  int32_t slabs;          // of the weight
+  int32_t slabs_per_cta;           // 64-row slabs
+  int32_t slabs;                   // of the weight
   int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds
   int32_t clusters;                // in the grid
   int32_t row_tiles, token_tiles;  // of a cluster
-  // The ring: a stage holds a chunk, one or two 64-k blocks, of x, codes, scales and zeros, in this order, then resolved scales.
+  // The ring: a stage holds a chunk, one or two 64-k blocks, of x, codes, scales and zeros, in this order, then
+  // resolved scales.
   int32_t stages;
   uint32_t stage_bytes, copy_bytes;  // of a stage; of what is copied into it
   uint32_t codes_at, scales_at, zeros_at;
-  uint32_t resolved_at, resolved_bytes;  // scales.cuh: behind what is copied; 64-row slabs' groups of a kind
-  bool has_rest;                         // zeros have more bits than x's type
-  int32_t groups_in_chunk;  // 1, 2, 4, 8
-  int32_t group_steps;      // k16 steps of a group, at most those of a chunk
-  int32_t group_shift;      // log2(chunks of a group); 31 for one group
+  uint32_t resolved_at, resolved_bytes;           // scales.cuh: behind what is copied; 64-row slabs' groups of a kind
+  bool has_rest;                                  // floating-point zeros of another type than x's
+  int32_t groups_in_chunk;                        // 1, 2, 4, 8
+  int32_t group_steps;                            // k16 steps of a group, at most those of a chunk
+  int32_t group_shift;                            // log2(chunks of a group); 31 for one group
   uint32_t group_scale_bytes, group_zero_bytes;   // of the groups in a chunk, 64 rows
   int32_t group_scale_pieces, group_zero_pieces;  // the same in elements of the copies
   uint32_t ring_at;
@@ -44,7 +45,6 @@ struct Params {
   int32_t scale_bytes, zero_bytes;  // of one; 0: none
   int32_t bias_of_codes;            // integers: value = code - bias_of_codes - zero
   float codebook[kCodebookSize];    // where codebook_data is nullptr
-  float codebook_factor;            // of the same: stream/codebook_factor.hpp
   const float* codebook_data;
   const float* nested_map;
   const float* nested_absmax;

@@ -7,7 +7,7 @@
 namespace cutlass_ext::cuda::wgmma {
 namespace {
 
-constexpr uint32_t kCodebookBytes = 3 * kCodebookSize;  // low bytes, high bytes, what undoes the factor
+constexpr uint32_t kCodebookBytes = 2 * kCodebookSize;  // low bytes, high bytes
 
 constexpr uint32_t align(uint32_t at, uint32_t to) { return (at + to - 1) / to * to; }
 
@@ -17,32 +17,26 @@ int log2_of(int64_t power) {
   return log;
 }
 
-// What a launch takes beyond a constant, in ns.
-double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device,
-               const Params& p) {
-  constexpr double kClock = 1.65;        // GHz under load
-  constexpr double kMemoryRate = 4200;   // bytes per ns
-  constexpr double kSharedRate = 5500;   // the same from L2, all SMs
-  constexpr double kCtaRate = 60;        // of one SM
-  constexpr double kDecode = 110, kTableDecode = 190;  // issue slots of a slab's block
-  constexpr double kBlock = 60;          // clocks of a block that nothing hides
-  constexpr double kTile = 900;          // of a tile: fill, output
-  constexpr double kSums[] = {0, 700, 1100, 1700};  // parts of K: 1, 2, 4, 8
+// What a launch takes beyond a constant, in ns: a block's time grows with the slabs of a CTA, from what nothing hides.
+// Fitted to measured launches (int4 g64 and nf4, bf16, M = 32..1024, four shapes; H200, 2026-11-21).
+double cost_of(const KernelTraits& kernel, const Params& p) {
+  struct Times {
+    int tokens;
+    double block, slab, table_block, table_slab;
+  };
+  constexpr Times kTimes[] = {
+      {32, 50, 88, 60, 140}, {64, 50, 104, 60, 145}, {128, 40, 160, 50, 250}, {256, 20, 320, 50, 350}};
+  const Times* times = kTimes;
+  while (times->tokens < kernel.tokens) ++times;
+  const double sums = double(kernel.tokens) * p.slabs_per_cta;  // in units of 64 rows
   const double blocks = kernel.blocks * (p.part_chunks + (p.part_rest > 0 ? 1 : 0));
-  const double tensor = p.slabs_per_cta * 2.0 * kernel.tokens / 0.93;
-  const double issue = p.slabs_per_cta * (kernel.table ? kTableDecode : kDecode);
-  const double x_bytes = kernel.tokens * 128.0;
-  const double weight_bytes =
-      p.slabs_per_cta * (2048.0 + (p.group_scale_bytes + p.group_zero_bytes) / double(kernel.blocks));
-  const double ctas = std::min<double>(p.clusters, double(p.row_tiles) * p.token_tiles) * p.cluster_n * p.cluster_k;
-  const double from_l2 = ctas * (x_bytes / p.cluster_n + weight_bytes) / kSharedRate;
-  const double block = std::max({tensor / kClock, issue / kClock, from_l2, (x_bytes + weight_bytes) / kCtaRate});
-  const double tiles = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
-  const double memory = double(problem.weight.n) * problem.weight.k * 0.53 / kMemoryRate;
-  const double loop = tiles * blocks * (block + kBlock / kClock / p.slabs_per_cta);
-  (void)device;
-  return std::max(loop, memory) + 0.15 * std::min(loop, memory) + tiles * kTile + kSums[log2_of(p.cluster_k)] +
-         (p.cluster_n > 1 ? 200 : 0);
+  const double block = (kernel.table ? times->table_block : times->block) +
+                       (kernel.table ? times->table_slab : times->slab) * p.slabs_per_cta *
+                           (kernel.row_tiles > 1 ? 1.08 : 1) * (kernel.fine ? 1.2 : 1);
+  const double passes = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
+  const double output = 800 + 5 * sums;
+  const double exchange = p.cluster_k > 1 ? 500 + 11 * sums : 0;
+  return passes * blocks * block + (passes - 1) * output + 5 * sums + passes * exchange + (p.cluster_n > 1 ? 500 : 0);
 }
 
 }  // namespace
@@ -100,7 +94,8 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
   uint32_t at = p.ring_at + p.stages * p.stage_bytes;
   // Parts of K leave their sums in the ring.
-  if (split.cluster_k > 1) at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
+  if (split.cluster_k > 1)
+    at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
   p.output_at = at = align(at, 128);
   at += output_bytes;
   p.codebook_at = at;
@@ -134,7 +129,7 @@ const Compiled* search(const GemmProblem& problem, const Candidates& candidates,
           Params p = start;
           Plan candidate;
           if (!plan_split(problem, kernel.traits, device, {warpgroups, cluster_n, cluster_k}, &p, &candidate)) continue;
-          const double cost = cost_of(problem, kernel.traits, device, p);
+          const double cost = cost_of(kernel.traits, p);
           if (best != nullptr && cost >= best_cost) continue;
           best = &kernel;
           best_cost = cost;
@@ -185,11 +180,16 @@ const Compiled* choose_plan(const GemmProblem& problem, const Candidates& candid
   }
   const Compiled* kernel = search(problem, candidates, device, params, plan);
   if (kernel != nullptr) {
-    choice = {&device,      candidates.kernels[0].function,
-              w.n,          w.k,
-              problem.m,    w.group_size,
-              w.scale_type, w.zero_type,
-              static_cast<int>(kernel - candidates.kernels), plan->split};
+    choice = {&device,
+              candidates.kernels[0].function,
+              w.n,
+              w.k,
+              problem.m,
+              w.group_size,
+              w.scale_type,
+              w.zero_type,
+              static_cast<int>(kernel - candidates.kernels),
+              plan->split};
   }
   return kernel;
 }

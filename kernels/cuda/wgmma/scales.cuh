@@ -9,15 +9,16 @@
 
 namespace cutlass_ext::cuda::wgmma {
 
-// A stage gets 64 values of each kind for each group of each slab: scales; for codebooks what rounding took from them; for
-// integers what is added to codes, and where zeros are of another type than x's what rounding took from both.
+// A stage gets 64 values of each kind for each group of each slab: scales; for codebooks what rounding took from them;
+// for integers what is added to codes, and where zeros are of another type than x's what rounding took from both.
 template <class Codes>
 class ScaleResolver {
  public:
   using T = typename Codes::T;
 
   // `shared`: address of the CTA's shared memory.
-  __device__ __forceinline__ ScaleResolver(const Params& p, uint32_t shared, int lane) : p(p), shared(shared), lane(lane) {
+  __device__ __forceinline__ ScaleResolver(const Params& p, uint32_t shared, int lane)
+      : p(p), shared(shared), lane(lane) {
     nested_offset = p.scale_type == int(ScaleType::kNested) ? __ldg(p.nested_offset) : 0;
   }
 
@@ -27,7 +28,8 @@ class ScaleResolver {
   };
   __device__ __forceinline__ SecondLevel load_second_level(int slab, int chunk, int group) const {
     SecondLevel second;
-    const int index = min(p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + group : chunk >> p.group_shift, p.groups - 1);
+    const int index =
+        min(p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + group : chunk >> p.group_shift, p.groups - 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // Rows behind N are padding: any second-level scale that exists.
@@ -43,8 +45,10 @@ class ScaleResolver {
     const uint2 raw = load_two(stage + p.scales_at + value * p.scale_bytes, p.scale_bytes);
     float2 scale;
     if (p.scale_type == int(ScaleType::kNested)) {
-      scale.x = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x & 255) * 4), second.of[0], nested_offset);
-      scale.y = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x >> 8) * 4), second.of[1], nested_offset);
+      scale.x = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x & 255) * 4), second.of[0],
+                                  nested_offset);
+      scale.y = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x >> 8) * 4), second.of[1],
+                                  nested_offset);
     } else {
       scale = floats(raw, p.scale_type);
     }
