@@ -2,16 +2,19 @@
 
 from . import functional, nn
 from ._version import __version__
+from .accelerate import Acceleration, accelerate
 from .nn import quantize_model
 from .ops import Explanation, explain, linear
 from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
 __all__ = [
+    "Acceleration",
     "Explanation",
     "PackedWeight",
     "QuantizedWeight",
     "__version__",
+    "accelerate",
     "explain",
     "functional",
     "linear",
