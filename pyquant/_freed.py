@@ -15,12 +15,12 @@ class FreedTensor(torch.Tensor):
     @staticmethod
     def like(tensor: torch.Tensor) -> FreedTensor:
         """In place of ``tensor``."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            FreedTensor, tensor.shape, dtype=tensor.dtype, device=tensor.device
-        )
+        return torch.Tensor._make_wrapper_subclass(FreedTensor, tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> FreedTensor:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> FreedTensor:
         if func is torch.ops.aten.detach.default:
             return cls.like(args[0])
         raise RuntimeError(
@@ -31,5 +31,5 @@ class FreedTensor(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> FreedTensor:
         return self.like(self)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"FreedTensor({list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"

@@ -43,7 +43,7 @@ class PackedParameter:
     def _count(self) -> None:
         # Shares the parameter's version counter, not its memory; and a plain tensor's attributes are read without
         # __torch_function__, which Params4bit has: 4 us a call less.
-        self.counter = self.parameter.detach().as_subclass(torch.Tensor)
+        self.counter = self.parameter.detach()
         self.counter.data = torch.empty(0, dtype=self.counter.dtype, device=self.counter.device)
         self.version = version_of(self.parameter)
 
