@@ -5,16 +5,19 @@ import os as _os
 from . import functional, load, nn
 from ._library import load_table
 from ._version import __version__
+from .accelerate import Acceleration, accelerate
 from .nn import quantize_model
 from .ops import Explanation, explain, linear
 from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
 __all__ = [
+    "Acceleration",
     "Explanation",
     "PackedWeight",
     "QuantizedWeight",
     "__version__",
+    "accelerate",
     "explain",
     "functional",
     "linear",

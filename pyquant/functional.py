@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._matmul_4bit import gemm_4bit, gemv_4bit, matmul_4bit
 from .codes import pack_codes, unpack_codes
 from .formats import FORMATS, Format, ScaleType, ZeroType
 from .quantize import quantize
@@ -15,6 +16,9 @@ __all__ = [
     "decode_absmax_e4m4",
     "dequantize_kbit",
     "encode_absmax_e4m4",
+    "gemm_4bit",
+    "gemv_4bit",
+    "matmul_4bit",
     "pack_2xint4",
     "quantize_kbit",
 ]
