@@ -38,12 +38,13 @@ void query(int device, Entry& entry) {
   entry.properties.clusters_at_once[0] = entry.properties.sms;
   if (!entry.properties.clusters) return;
   cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.properties.shared_bytes);
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 1; i < kMaxCluster; ++i) {
+    const unsigned size = i + 1;
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {1u << i, 1, 1};
-    config.gridDim = dim3(1u << i);
+    cluster.val.clusterDim = {size, 1, 1};
+    config.gridDim = dim3(size);
     config.blockDim = dim3(512);
     config.dynamicSmemBytes = static_cast<size_t>(entry.properties.shared_bytes);
     config.attrs = &cluster;

@@ -3,15 +3,17 @@
 
 namespace cutlass_ext::cuda {
 
+constexpr int kMaxCluster = 8;  // the portable limit
+
 struct DeviceProperties {
   int sms;
   int shared_bytes;  // of a block, at most
   bool clusters;     // sm_90 and up
-  // Clusters of 1, 2, 4 and 8 CTAs that run at once with one CTA an SM. Fewer than sms / size: a cluster lies within
-  // one GPC (an H200 with 132 SMs: 132, 66, 30, 15).
-  int clusters_at_once[4];
+  // Clusters of 1, 2, ... CTAs that run at once with one CTA an SM. Fewer than sms / size: a cluster lies within one
+  // GPC (an H200 with 132 SMs: 66 of 2, 30 of 4, 15 of 8).
+  int clusters_at_once[kMaxCluster];
 
-  int active_clusters(int size) const { return clusters_at_once[size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : 3]; }
+  int active_clusters(int size) const { return clusters_at_once[size - 1]; }
 };
 
 // Why kernels cannot run on the current device, or nullptr. Cached per device.

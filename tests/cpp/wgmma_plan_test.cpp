@@ -51,21 +51,20 @@ struct Range {
 void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device, const Params& p,
                 const Plan& plan) {
   const Weight& w = problem.weight;
-  const int cluster = p.cluster_n * p.cluster_k;
   const int64_t chunks = layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks);
-  expect(p.part_chunks >= 1 && p.part_rest < p.cluster_k && p.part_chunks * p.cluster_k + p.part_rest == chunks,
+  expect(p.part_chunks >= 1 && p.part_rest < p.cluster && p.part_chunks * p.cluster + p.part_rest == chunks,
          "the parts cover K", problem);
-  expect(int64_t{p.row_tiles} * p.cluster_n * p.slabs_per_cta >= layout::slabs(w.n) &&
-             int64_t{p.row_tiles - 1} * p.cluster_n * p.slabs_per_cta < layout::slabs(w.n) &&
+  expect(int64_t{p.row_tiles} * p.slabs_per_cta >= layout::slabs(w.n) &&
+             int64_t{p.row_tiles - 1} * p.slabs_per_cta < layout::slabs(w.n) &&
              int64_t{p.token_tiles} * kernel.tokens >= problem.m,
          "the tiles cover N and M", problem);
   expect(p.clusters >= 1 && p.clusters <= int64_t{p.row_tiles} * p.token_tiles &&
-             p.clusters <= device.active_clusters(cluster) && cluster <= kMaxCluster,
+             p.cluster <= kMaxCluster && p.clusters <= device.active_clusters(p.cluster),
          "clusters", problem);
   expect(plan.threads == (p.slabs_per_cta / kernel.row_tiles + 1) * kWarpgroupThreads &&
              plan.threads <= (kernel.warpgroups + 1) * kWarpgroupThreads,
          "threads", problem);
-  expect(plan.box_tokens * p.cluster_n == kernel.tokens && plan.box_tokens % 8 == 0 && plan.box_tokens <= 256 &&
+  expect(plan.tile_tokens == kernel.tokens && plan.tile_tokens <= 256 &&
              p.slabs_per_cta <= 256 && p.group_scale_pieces >= 1 && p.group_scale_pieces <= 256 &&
              p.group_zero_pieces <= 256,
          "boxes", problem);
@@ -98,7 +97,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
 }  // namespace
 
 int main() {
-  static const DeviceProperties h200{132, 232448, true, {132, 66, 30, 15}};
+  static const DeviceProperties h200{132, 232448, true, {132, 66, 42, 30, 24, 20, 16, 15}};
   constexpr int64_t kSizes[] = {1, 63, 64, 65, 130, 1000, 4096, 14336, 128256};
   for (const bool codebook : {false, true}) {
     const Candidates candidates = candidates_of(codebook);

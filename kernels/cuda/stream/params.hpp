@@ -7,7 +7,6 @@ namespace cutlass_ext::cuda::stream {
 
 constexpr int kMaxWarps = 16;
 constexpr int kThreadsPerWarp = 32;
-constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kCodebookSize = 16;
 
 // Shared addresses in a plan count from 0 of the CTA's window; dynamic shared memory starts at kSharedBase or below.

@@ -7,9 +7,8 @@
 // Scales   Three more warps make of scales of any type what decode multiplies with.
 // Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
 //          half before run: two sets of registers, and one group of MMAs always in flight.
-// Split    A cluster owns a tile. Its `cluster_n` CTAs of a part of K have different rows and share x, each copying a
-//          share of the tokens to all of them; its `cluster_k` parts of K leave sums in their shared memory, of which
-//          each CTA adds the tokens it stores. Every sum is added in one fixed order.
+// Split    A cluster owns a tile. Its `cluster` CTAs have parts of K and leave their sums in their shared memory, of which
+//          each adds the tokens it stores. Every sum is added in one fixed order.
 // Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
 #pragma once
 
@@ -36,7 +35,6 @@ constexpr int kAtomBytes = layout::atom_bytes(4);
 constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
 constexpr int kUnitTokens = 16;                  // what a stmatrix stores
-constexpr int kResolveWarps = 3;
 constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
 
 struct Arguments {
@@ -59,6 +57,8 @@ struct Config {
   static constexpr int kCopyRegisters = 40;
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
+  // k16 steps whose MMAs are one group: a block where registers alternate between two sets of operands, else half of it.
+  static constexpr int kSteps = kBlocks * kRowTiles % 2 == 0 ? layout::kSteps : layout::kSteps / 2;
   using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
   using Atom =
       decltype(cute::GMMA::rs_op_selector<Value, Value, float, cute::Shape<cute::_64, cute::Int<kTokens>, cute::_16>,
@@ -95,10 +95,8 @@ class Kernel {
     resolved = full + kMaxStages;
     empty = resolved + kMaxStages;
     asm("" : "+r"(this->shared));  // kept: to compute it again takes the CTA's rank, read anew each time
-    const int rank = blockIdx.x % (p.cluster_n * p.cluster_k);
-    part = rank / p.cluster_n;
-    rank_n = rank % p.cluster_n;
-    first_tile = blockIdx.x / (p.cluster_n * p.cluster_k);
+    part = blockIdx.x % p.cluster;
+    first_tile = blockIdx.x / p.cluster;
     chunk0 = part * p.part_chunks + min(part, p.part_rest);
     chunks = p.part_chunks + (part < p.part_rest ? 1 : 0);
   }
@@ -106,7 +104,7 @@ class Kernel {
   __device__ __forceinline__ void run() {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
     launch_dependents();
-    int ahead = 0;  // chunks whose weights are requested
+    int ahead = 0;  // chunks that are requested, or their weights
     if (warp == 0) {
       if (cute::elect_one_sync()) ahead = start();
     } else {
@@ -118,20 +116,17 @@ class Kernel {
       }
     }
     __syncthreads();
-    if (p.cluster_n > 1) cluster_wait_for_all();  // the others' barriers are there
     if (warp < kWarpgroupThreads / 32) {
       cutlass::arch::warpgroup_reg_dealloc<C::kCopyRegisters>();
       if (warp == 0) {
         copy(ahead);
       } else {
-        resolve(warp - 1);
+        resolve(threadIdx.x - 32);
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<C::kMultiplyRegisters>();
       multiply(warp / 4 - 1);
     }
-    // Others may still copy x to this CTA, or arrive at its barriers.
-    if (p.cluster_n > 1) cluster_wait_for_all();
   }
 
  private:
@@ -142,7 +137,7 @@ class Kernel {
   uint64_t* full;      // of each stage: copied
   uint64_t* resolved;  // its scales too
   uint64_t* empty;     // read
-  int part, rank_n, first_tile;
+  int part, first_tile;
   int chunk0, chunks;  // this CTA's
 
   __device__ __forceinline__ static void prefetch(const CUtensorMap& map) {
@@ -158,7 +153,7 @@ class Kernel {
   }
 
   __device__ __forceinline__ int first_slab(Tile tile) const {
-    return (tile.row * p.cluster_n + rank_n) * p.slabs_per_cta;
+    return tile.row * p.slabs_per_cta;
   }
 
   // ---- the codebook
@@ -215,8 +210,8 @@ class Kernel {
 
   // ---- copies
 
-  // Before anything else, by the thread that copies: its barriers, and the weights of the first chunks, which do not
-  // depend on the kernel before.
+  // Before anything else, by the thread that copies: its barriers, and the first chunks; without x if that may still be
+  // written by the kernel before.
   __device__ __forceinline__ int start() const {
     prefetch(arguments.codes);
     prefetch(arguments.scales);
@@ -226,10 +221,13 @@ class Kernel {
     cutlass::arch::fence_barrier_init();
     const Tile tile = tile_at(first_tile);
     const int ahead = min(p.stages, chunks);
-    for (int i = 0; i < ahead; ++i) copy_weights(tile, i, i);
+    for (int i = 0; i < ahead; ++i) {
+      copy_weights(tile, i, i);
+      if (!p.programmatic_launch) copy_x(tile, i, i);
+    }
     for (int i = 0; i < p.stages; ++i) {
       Barrier::init(resolved + i, kResolveWarps);
-      Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4 * p.cluster_n);
+      Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4);
     }
     cutlass::arch::fence_barrier_init();
     return ahead;
@@ -244,7 +242,9 @@ class Kernel {
         int chunk = 0;
         if (index == first_tile) {
           wait_for_previous_kernel();
-          for (; chunk < ahead; ++chunk, at.advance(p.stages)) copy_x(tile, chunk, at.stage);
+          for (; chunk < ahead; ++chunk, at.advance(p.stages)) {
+            if (p.programmatic_launch) copy_x(tile, chunk, at.stage);
+          }
         }
         for (; chunk < chunks; ++chunk, at.advance(p.stages)) {
           Barrier::wait(empty + at.stage, at.phase ^ 1);
@@ -259,7 +259,7 @@ class Kernel {
   // Takes part in the barriers of add_parts and finish_tile.
   __device__ __forceinline__ void skip_sums() const {
     __syncwarp();
-    if (p.cluster_k > 1) {
+    if (p.cluster > 1) {
       cluster_wait_for_all();
       cluster_wait_for_all();
     }
@@ -287,47 +287,43 @@ class Kernel {
     for (int block = 0; block < C::kBlocks; ++block) {
       const uint32_t to = p.ring_at + stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
       const int k = ((chunk0 + chunk) * C::kBlocks + block) * layout::kBlockK;
-      const int token = tile.token * C::kTokens;
-      if (p.cluster_n == 1) {
-        load(arguments.x, to, k, token, stage);
-      } else {
-        const int share = C::kTokens / p.cluster_n;
-        const uint16_t mask = uint16_t(((1 << p.cluster_n) - 1) << part * p.cluster_n);
-        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&arguments.x, full + stage, mask, kHint,
-                                               memory + to + rank_n * share * kXRowBytes, k, token + rank_n * share);
-      }
+      load(arguments.x, to, k, tile.token * C::kTokens, stage);
     }
   }
 
   // ---- scales
 
-  // One of kResolveWarps warps, which share the groups of a stage.
-  __device__ __forceinline__ void resolve(int share) {
-    const int lane = threadIdx.x % 32;
-    const ScaleResolver<Codes> resolver(p, shared, lane);
-    const int groups = p.slabs_per_cta * p.groups_in_chunk;
-    const int group_shift = 31 - __clz(p.groups_in_chunk);
-    const bool nested = p.scale_type == int(ScaleType::kNested);
+  // One of the kResolveThreads threads that share the groups of a stage.
+  __device__ __forceinline__ void resolve(int thread) const {
+    switch (ScaleType(p.scale_type)) {
+      case ScaleType::kFp32: return resolve_all<ScaleType::kFp32>(thread);
+      case ScaleType::kFp16: return resolve_all<ScaleType::kFp16>(thread);
+      case ScaleType::kBf16: return resolve_all<ScaleType::kBf16>(thread);
+      case ScaleType::kE4M4: return resolve_all<ScaleType::kE4M4>(thread);
+      case ScaleType::kE4M3: return resolve_all<ScaleType::kE4M3>(thread);
+      case ScaleType::kE8M0: return resolve_all<ScaleType::kE8M0>(thread);
+      case ScaleType::kNested: return resolve_all<ScaleType::kNested>(thread);
+    }
+  }
+
+  template <ScaleType kType>
+  __device__ __forceinline__ void resolve_all(int thread) const {
+    using Resolver = ScaleResolver<Codes, kType>;
+    const Resolver resolver(p, shared);
+    const int shares = p.slabs_per_cta * p.groups_in_chunk * Resolver::kShares;
     RingPosition at;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
-      const Tile tile = tile_at(index);
+      const int first_row = first_slab(tile_at(index)) * layout::kBlockRows;
       for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
-        typename ScaleResolver<Codes>::SecondLevel second{};
-        const auto load_second_level = [&](int i) {
-          if (nested && i < groups) {
-            second = resolver.load_second_level(first_slab(tile) + (i >> group_shift), chunk0 + chunk,
-                                                i & (p.groups_in_chunk - 1));
-          }
-        };
-        load_second_level(share);
+        typename Resolver::SecondLevel second;
+        if (thread < shares) resolver.load_second_level(first_row, chunk0 + chunk, thread, second);
         Barrier::wait(full + at.stage, at.phase);
-        for (int i = share; i < groups; i += kResolveWarps) {
-          const auto current = second;
-          load_second_level(i + kResolveWarps);
-          resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, i, current);
+        for (int share = thread; share < shares; share += kResolveThreads) {
+          if (share != thread) resolver.load_second_level(first_row, chunk0 + chunk, share, second);
+          resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, share, second);
         }
         __syncwarp();
-        if (lane == 0) Barrier::arrive(resolved + at.stage);
+        if (thread % 32 == 0) Barrier::arrive(resolved + at.stage);
       }
       skip_sums();
     }
@@ -369,25 +365,9 @@ class Kernel {
         : "memory");
   }
 
-  // Each lane below cluster_n tells one of the CTAs that copy x into this stage that it is free.
-  struct Release {
-    uint32_t barriers;  // in that CTA
-    bool arrives;
-
-    __device__ __forceinline__ void operator()(int stage) const {
-      if (arrives) {
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers + stage * 8) : "memory");
-      }
-    }
-  };
-
-  __device__ __forceinline__ Release release_of(int lane) const {
-    Release release;
-    release.arrives = lane < p.cluster_n;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(release.barriers)
-        : "r"(shared + p.barriers_at + kEmptyBarriers), "r"(part * p.cluster_n + min(lane, p.cluster_n - 1)));
-    return release;
+  // By every warp that has read a stage.
+  __device__ __forceinline__ static void release(uint32_t barriers, int stage, int lane) {
+    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers + stage * 8) : "memory");
   }
 
   // The B operand of a block's first k16 step; the next ones lie 32 bytes further each.
@@ -425,14 +405,14 @@ class Kernel {
     const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
     const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
     const int group_shift = 31 - __clz(p.group_steps);
-    const Release release = release_of(lane);
     const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
+    const uint32_t empty_barriers = shared + p.barriers_at + kEmptyBarriers;
     const uint32_t ring = shared + p.ring_at;
     uint32_t stage = ring + at.stage * p.stage_bytes;
     uint4 w, next_w;             // codes of the block that is decoded, and of the next one
     uint32_t pair, second_pair;  // the next one's scales, and zeros or what the scales lack
     Scale scale;
-    uint32_t a[2][2][4];  // operands of the two halves of a block
+    uint32_t a[2][C::kSteps][4];  // operands of the MMAs in flight, and of the next ones
     // A chunk is walked slab by slab; `step` counts the k16 steps of a slab's chunk.
     const auto fetch_scale = [&](int r, int step) __attribute__((always_inline)) {
       const uint32_t from = stage + scales_at + r * slab_scales + (step >> group_shift) * kGroupBytes;
@@ -468,66 +448,73 @@ class Kernel {
       }
       Codes::decode(word, table, scale, p.has_rest, to);
     };
-    const auto decode = [&](int r, int block, int half) __attribute__((always_inline)) {
-      if (half == 0) take_next();
-      const int step = block * layout::kSteps + 2 * half;
-      decode_step(r, step, half == 0 ? w.x : w.z, a[half][0]);
-      decode_step(r, step + 1, half == 0 ? w.y : w.w, a[half][1]);
+    // A chunk is multiplied in groups of MMAs, `kParts` a block.
+    constexpr int kParts = layout::kSteps / C::kSteps;
+    constexpr int kChunkBlocks = C::kBlocks * C::kRowTiles;
+    const auto fetch_block = [&](int i) __attribute__((always_inline)) { fetch(i / C::kBlocks, i % C::kBlocks); };
+    const auto decode = [&](int group) __attribute__((always_inline)) {
+      const int part = group % kParts, block = group / kParts % C::kBlocks, r = group / kParts / C::kBlocks;
+      if (part == 0) take_next();
+      const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < C::kSteps; ++i) {
+        const int step = part * C::kSteps + i;
+        decode_step(r, block * layout::kSteps + step, words[step], a[group % 2][i]);
+      }
     };
 
     wait(barriers + at.stage * 8, at.phase);
-    fetch(0, 0);
-    decode(0, 0, 0);
+    fetch_block(0);
+    decode(0);
     int left = chunks;  // at least one
     bool first = true;
 #pragma unroll 1
     do {
-      constexpr int kHalves = 2 * C::kBlocks * C::kRowTiles;
+      constexpr int kGroups = kParts * kChunkBlocks;
       const cute::GmmaDescriptor x = descriptor(stage);
       const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
       const bool more = left > 1;
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        const int half = i % 2;
-        const int block = i / 2 % C::kBlocks;
-        const int r = i / 2 / C::kBlocks;
+      for (int group = 0; group < kGroups; ++group) {
+        const int part = group % kParts;
+        const int block = group / kParts % C::kBlocks;
+        const int r = group / kParts / C::kBlocks;
         cute::warpgroup_arrive();
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
+        for (int i = 0; i < C::kSteps; ++i) {
+          const int step = part * C::kSteps + i;
           cute::GmmaDescriptor b = x;
-          b.reg32_[0] += block * C::kTokens * kXRowBytes / 16 + (2 * half + step) * (layout::kStepK * 2 / 16);
-          issue(sums.v[r], a[half][step], b.desc_, !first || block > 0 || half > 0 || step > 0);
+          b.reg32_[0] += block * C::kTokens * kXRowBytes / 16 + step * (layout::kStepK * 2 / 16);
+          issue(sums.v[r], a[group % 2][i], b.desc_, !first || block > 0 || step > 0);
         }
         cute::warpgroup_commit_batch();
-        const bool last_block = i + 2 >= kHalves;
-        // While the first half of a block is multiplied, the next block's codes are on their way; where groups change
-        // within a block, its second half still reads scales of its own.
-        if (half == (Codes::kFine ? 1 : 0)) {
-          if (!last_block) {
-            fetch((i + 2) / 2 / C::kBlocks, (i + 2) / 2 % C::kBlocks);
+        // While a block is multiplied, the next block's codes are on their way; where groups change within a block, its
+        // second half still reads scales of its own.
+        if (part == (Codes::kFine ? kParts - 1 : 0)) {
+          const int next = group / kParts + 1;
+          if (next < kChunkBlocks) {
+            fetch_block(next);
           } else {
             at.advance(p.stages);
             stage = at.stage == 0 ? ring : stage + p.stage_bytes;
             if (more) {
               wait(barriers + at.stage * 8, at.phase);
-              fetch(0, 0);
+              fetch_block(0);
             }
           }
         }
         cute::warpgroup_wait<1>();
-        if (i == 0 && !first) release(stage_before);
-        if (half == 0) {
-          decode(r, block, 1);
-        } else if (!last_block) {
-          decode((i + 1) / 2 / C::kBlocks, (i + 1) / 2 % C::kBlocks, 0);
+        if (group == 0 && !first) release(empty_barriers, stage_before, lane);
+        if (group + 1 < kGroups) {
+          decode(group + 1);
         } else if (more) {
-          decode(0, 0, 0);
+          decode(0);
         }
       }
       first = false;
     } while (--left > 0);
     cute::warpgroup_wait<0>();
-    release(at.stage == 0 ? p.stages - 1 : at.stage - 1);
+    release(empty_barriers, at.stage == 0 ? p.stages - 1 : at.stage - 1, lane);
   }
 
   // ---- sums
@@ -546,8 +533,8 @@ class Kernel {
     return v;
   }
 
-  // A CTA of a part of K stores every cluster_k-th 16 tokens.
-  __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster_k == part; }
+  // A CTA of a part of K stores every cluster-th 16 tokens.
+  __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster == part; }
 
   // Adds the sums of all parts of K, for the tokens that this CTA stores. They lie in the ring, as lanes hold them.
   __device__ __forceinline__ void add_parts(int warpgroup, Sums& sums) const {
@@ -569,7 +556,7 @@ class Kernel {
     cute::cluster_arrive();
     cute::cluster_wait();
 #pragma unroll 1
-    for (int source = 0; source < p.cluster_k; ++source) {
+    for (int source = 0; source < p.cluster; ++source) {
       if (source == part) continue;
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r)
@@ -577,7 +564,7 @@ class Kernel {
         for (int q = 0; q < kQuads; ++q) {
           if (!stores(q / 2)) continue;
           const float4 v =
-              load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source * p.cluster_n + rank_n);
+              load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source);
           float* to = sums.v[r] + 4 * q;
           to[0] += v.x;
           to[1] += v.y;
@@ -588,7 +575,7 @@ class Kernel {
   }
 
   __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
-    if (p.cluster_k > 1) add_parts(warpgroup, sums);
+    if (p.cluster > 1) add_parts(warpgroup, sums);
     const float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
     const int thread = threadIdx.x % kWarpgroupThreads;
     uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
@@ -637,7 +624,7 @@ class Kernel {
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
-    if (p.cluster_k > 1) {      // everyone has read this CTA's sums
+    if (p.cluster > 1) {      // everyone has read this CTA's sums
       cute::tma_store_fence();  // the next copies into the ring come from another proxy
       cluster_wait_for_all();
     }

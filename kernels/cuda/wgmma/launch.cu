@@ -73,19 +73,19 @@ bool encode_groups(const GemmProblem& problem, const void* data, int bytes, int 
 }
 
 // 64 k of some tokens, in the order that the MMA reads.
-bool encode_x(const GemmProblem& problem, int box_tokens, CUtensorMap* map) {
+bool encode_x(const GemmProblem& problem, int tile_tokens, CUtensorMap* map) {
   const int64_t k = problem.weight.k;
   const CUtensorMapDataType type =
       problem.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // One token has no stride, but must be given one.
   const int64_t ldx = problem.m > 1 ? problem.ldx : layout::ceil_div(k, 8) * 8;
   return encode(problem.x,
-                {type, k, problem.m, 0, ldx * 2, 0, layout::kBlockK, box_tokens, 1, CU_TENSOR_MAP_SWIZZLE_128B}, map);
+                {type, k, problem.m, 0, ldx * 2, 0, layout::kBlockK, tile_tokens, 1, CU_TENSOR_MAP_SWIZZLE_128B}, map);
 }
 
 bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
   const Weight& w = problem.weight;
-  return encode_tiled() != nullptr && encode_x(problem, plan.box_tokens, &to->x) &&
+  return encode_tiled() != nullptr && encode_x(problem, plan.tile_tokens, &to->x) &&
          encode_codes(problem, p, plan, &to->codes) &&
          encode_groups(problem, w.scales, p.scale_bytes, p.group_scale_pieces, p, &to->scales) &&
          (p.zero_bytes == 0 || encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));
@@ -157,11 +157,10 @@ const char* launch(const void* function, const GemmProblem& problem, const Param
   arguments.token_tiles = cutlass::FastDivmod(params.token_tiles);
   arguments.params = params;
   if (!encode_all(problem, params, plan, &arguments)) return "cuTensorMapEncodeTiled refuses x or the weight";
-  const int cluster = plan.split.cluster_n * plan.split.cluster_k;
-  const LaunchShape shape{dim3(static_cast<unsigned>(plan.clusters * cluster)),
+  const LaunchShape shape{dim3(static_cast<unsigned>(plan.clusters * plan.split.cluster)),
                           dim3(static_cast<unsigned>(plan.threads)),
                           plan.shared_bytes,
-                          cluster,
+                          plan.split.cluster,
                           problem.programmatic_launch,
                           problem.stream};
   return cuda::launch(function, shape, static_cast<const void*>(&arguments));

@@ -6,7 +6,6 @@
 namespace cutlass_ext::cuda::wgmma {
 
 constexpr int kWarpgroupThreads = 128;
-constexpr int kMaxCluster = 8;  // the portable limit
 constexpr int kMaxStages = 24;
 constexpr int kCodebookSize = 16;
 // Elements of tensor maps: a box has at most 256 along a dimension, so that a block's codes are one copy.
@@ -18,8 +17,8 @@ constexpr uint32_t kPairTableBytes = 256 * 256;  // 256 pairs of codes, a copy f
 constexpr int kSharedAlignment = 1024;           // of a stage: x lies in it in atoms of 8 rows of 128 bytes, swizzled
 
 struct Params {
-  // What a CTA does. A cluster has `cluster_k` parts of K, each of `cluster_n` CTAs that share x.
-  int32_t cluster_n, cluster_k;
+  // What a CTA does.
+  int32_t cluster;                 // CTAs that own a tile, each a part of K
   int32_t slabs_per_cta;           // 64-row slabs
   int32_t slabs;                   // of the weight
   int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds

@@ -35,8 +35,8 @@ double cost_of(const KernelTraits& kernel, const Params& p) {
                            (kernel.row_tiles > 1 ? 1.08 : 1) * (kernel.fine ? 1.2 : 1);
   const double passes = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
   const double output = 800 + 5 * sums;
-  const double exchange = p.cluster_k > 1 ? 500 + 11 * sums : 0;
-  return passes * blocks * block + (passes - 1) * output + 5 * sums + passes * exchange + (p.cluster_n > 1 ? 500 : 0);
+  const double exchange = p.cluster > 1 ? 500 + 11 * sums : 0;
+  return passes * blocks * block + (passes - 1) * output + 5 * sums + passes * exchange;
 }
 
 }  // namespace
@@ -45,21 +45,19 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
                 const Split& split, Params* params, Plan* plan) {
   const Weight& w = problem.weight;
   Params& p = *params;
-  const int cluster = split.cluster_n * split.cluster_k;
   const int chunks = static_cast<int>(layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks));
-  if (split.warpgroups > kernel.warpgroups || split.cluster_k > chunks || cluster > kMaxCluster) return false;
-  if (device.active_clusters(cluster) == 0) return false;
-  p.cluster_n = split.cluster_n;
-  p.cluster_k = split.cluster_k;
+  if (split.warpgroups > kernel.warpgroups || split.cluster > chunks || split.cluster > kMaxCluster) return false;
+  if (device.active_clusters(split.cluster) == 0) return false;
+  p.cluster = split.cluster;
   p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
   p.slabs = static_cast<int32_t>(layout::slabs(w.n));
-  p.part_chunks = chunks / split.cluster_k;
-  p.part_rest = chunks % split.cluster_k;
-  p.row_tiles = static_cast<int32_t>(layout::ceil_div(p.slabs, p.slabs_per_cta * split.cluster_n));
+  p.part_chunks = chunks / split.cluster;
+  p.part_rest = chunks % split.cluster;
+  p.row_tiles = static_cast<int32_t>(layout::ceil_div(p.slabs, p.slabs_per_cta));
   p.token_tiles = static_cast<int32_t>(layout::ceil_div(problem.m, kernel.tokens));
   const int64_t tiles = int64_t{p.row_tiles} * p.token_tiles;
   if (tiles > INT32_MAX) return false;
-  p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(cluster)));
+  p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(split.cluster)));
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
   const bool one_group = w.group_size >= w.k;
@@ -94,7 +92,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
   uint32_t at = p.ring_at + p.stages * p.stage_bytes;
   // Parts of K leave their sums in the ring.
-  if (split.cluster_k > 1)
+  if (split.cluster > 1)
     at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
   p.output_at = at = align(at, 128);
   at += output_bytes;
@@ -109,7 +107,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   plan->clusters = p.clusters;
   plan->threads = (split.warpgroups + 1) * kWarpgroupThreads;
   plan->shared_bytes = static_cast<int>(at);
-  plan->box_tokens = kernel.tokens / split.cluster_n;
+  plan->tile_tokens = kernel.tokens;
   plan->chunk_blocks = kernel.blocks;
   return true;
 }
@@ -124,18 +122,16 @@ const Compiled* search(const GemmProblem& problem, const Candidates& candidates,
   for (int i = 0; i < candidates.count; ++i) {
     const Compiled& kernel = candidates.kernels[i];
     for (int warpgroups = 1; warpgroups <= kernel.traits.warpgroups; ++warpgroups) {
-      for (int cluster_n = 1; cluster_n <= 2; cluster_n *= 2) {
-        for (int cluster_k = 1; cluster_n * cluster_k <= 8; cluster_k *= 2) {
-          Params p = start;
-          Plan candidate;
-          if (!plan_split(problem, kernel.traits, device, {warpgroups, cluster_n, cluster_k}, &p, &candidate)) continue;
-          const double cost = cost_of(kernel.traits, p);
-          if (best != nullptr && cost >= best_cost) continue;
-          best = &kernel;
-          best_cost = cost;
-          *params = p;
-          *plan = candidate;
-        }
+      for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+        Params p = start;
+        Plan candidate;
+        if (!plan_split(problem, kernel.traits, device, {warpgroups, cluster}, &p, &candidate)) continue;
+        const double cost = cost_of(kernel.traits, p);
+        if (best != nullptr && cost >= best_cost) continue;
+        best = &kernel;
+        best_cost = cost;
+        *params = p;
+        *plan = candidate;
       }
     }
   }

@@ -34,8 +34,7 @@ struct Candidates {
 // The choice that can be made for a shape; the rest follows.
 struct Split {
   int warpgroups;  // that multiply, of a CTA
-  int cluster_n;   // CTAs of a cluster that share x
-  int cluster_k;   // parts of K of a cluster
+  int cluster;     // CTAs that own a tile, each a part of K
 };
 
 struct Plan {
@@ -43,7 +42,7 @@ struct Plan {
   int clusters;      // in the grid
   int threads;       // of a CTA
   int shared_bytes;  // dynamic
-  int box_tokens;    // of a copy of x
+  int tile_tokens;   // of a copy of x
   int chunk_blocks;  // of a copy of codes
 };
 

@@ -1,5 +1,5 @@
-// Scales and zero points of a stage, of any type, to what decode multiplies with: pairs of x's type. A warp beside the
-// copying one does that for all warps that multiply, while they work on the stages before.
+// Scales and zero points of a stage, of any type, to what decode multiplies with: pairs of x's type. Warps beside the
+// copying one do that for all warps that multiply, while they work on the stages before.
 #pragma once
 
 #include "kernels/cuda/ptx.cuh"
@@ -9,113 +9,152 @@
 
 namespace cutlass_ext::cuda::wgmma {
 
+constexpr int kResolveWarps = 3;
+constexpr int kResolveThreads = kResolveWarps * 32;
+
 // A stage gets 64 values of each kind for each group of each slab: scales; for codebooks what rounding took from them;
 // for integers what is added to codes, and where zeros are of another type than x's what rounding took from both.
-template <class Codes>
+// The type of scales is the template's, so that a stage takes about 60 instructions and no branches: with a switch over
+// types these warps took 450 clocks for 64 groups of 4 values, and warps that multiply waited for them (H200,
+// 8192 x 8192, M = 64).
+template <class Codes, ScaleType kType>
 class ScaleResolver {
  public:
-  using T = typename Codes::T;
+  static constexpr int kValues = 4;  // of a share: neighbours in a group, for the rows g, g + 8, g + 1, g + 9
+  static constexpr int kShares = layout::kBlockRows / kValues;  // of a slab's group
+  static constexpr bool kNested = kType == ScaleType::kNested;
 
   // `shared`: address of the CTA's shared memory.
-  __device__ __forceinline__ ScaleResolver(const Params& p, uint32_t shared, int lane)
-      : p(p), shared(shared), lane(lane) {
-    nested_offset = p.scale_type == int(ScaleType::kNested) ? __ldg(p.nested_offset) : 0;
+  __device__ __forceinline__ ScaleResolver(const Params& p, uint32_t shared) : p(p), shared(shared) {
+    if constexpr (kNested) nested_offset = __ldg(p.nested_offset);
   }
 
-  // Second-level scales of a lane's rows in a group: they may be requested before the stage is there.
+  // Second-level scales of a share: they may be requested before the stage is there.
   struct SecondLevel {
-    float of[2];
+    float of[kNested ? kValues : 1];
   };
-  __device__ __forceinline__ SecondLevel load_second_level(int slab, int chunk, int group) const {
-    SecondLevel second;
-    const int index =
-        min(p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + group : chunk >> p.group_shift, p.groups - 1);
+
+  // `share`: of the stage, whose first row is `first_row` and which is the chunk `chunk` of K.
+  __device__ __forceinline__ void load_second_level(int first_row, int chunk, int share, SecondLevel& second) const {
+    if constexpr (kNested) {
+      const int at = share / kShares;  // slabs outside, groups inside
+      const int slab = at / p.groups_in_chunk;
+      const int group = p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + at % p.groups_in_chunk  //
+                                              : chunk >> p.group_shift;
+      const int index = min(group, p.groups - 1);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Rows behind N are padding: any second-level scale that exists.
-      const int row = min(slab * layout::kBlockRows + layout::scale_row(2 * lane + i), p.n - 1);
-      second.of[i] = __ldg(p.nested_absmax + (int64_t{row} * p.groups + index) / kNestedBlock);
+      for (int i = 0; i < kValues; ++i) {
+        // Rows behind N are padding: any second-level scale that exists.
+        const int position = share % kShares * kValues + i;
+        const int row = min(first_row + slab * layout::kBlockRows + layout::scale_row(position), p.n - 1);
+        second.of[i] = __ldg(p.nested_absmax + (int64_t{row} * p.groups + index) / kNestedBlock);
+      }
     }
-    return second;
   }
 
-  // A lane has two neighbouring values of a group. `at`: of a slab's group in the stage, counted in groups.
-  __device__ __forceinline__ void resolve(uint32_t stage, int at, const SecondLevel& second) const {
-    const int value = at * layout::kBlockRows + 2 * lane;
-    const uint2 raw = load_two(stage + p.scales_at + value * p.scale_bytes, p.scale_bytes);
-    float2 scale;
-    if (p.scale_type == int(ScaleType::kNested)) {
-      scale.x = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x & 255) * 4), second.of[0],
-                                  nested_offset);
-      scale.y = multiply_then_add(load_shared_float(shared + p.nested_map_at + (raw.x >> 8) * 4), second.of[1],
-                                  nested_offset);
-    } else {
-      scale = floats(raw, p.scale_type);
+  __device__ __forceinline__ void resolve(uint32_t stage, int share, const SecondLevel& second) const {
+    const int value = share * kValues;
+    float scale[kValues];
+    load(stage + p.scales_at + value * kScaleBytes, scale);
+    if constexpr (kNested) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const float first = load_shared_float(shared + p.nested_map_at + static_cast<uint32_t>(scale[i]) * 4);
+        scale[i] = multiply_then_add(first, second.of[i], nested_offset);
+      }
     }
     const uint32_t to = stage + p.resolved_at + value * 2;
-    const float2 stored{Codes::stored_scale(0, scale.x), Codes::stored_scale(1, scale.y)};
-    const float2 rounded_scale = store_pair(to, stored);
+    float stored[kValues], rounded[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) stored[i] = Codes::stored_scale(i & 1, scale[i]);
+    store(to, stored, rounded);
     if constexpr (Codes::kTable) {
-      store_pair(to + p.resolved_bytes, {stored.x - rounded_scale.x, stored.y - rounded_scale.y});
+      store_rest(to + p.resolved_bytes, stored, rounded);
     } else {
-      float2 zero{};
-      if (p.zero_bytes != 0) {
-        const uint2 stored = load_two(stage + p.zeros_at + value * p.zero_bytes, p.zero_bytes);
+      float zero[kValues] = {};
+      if (Codes::kFine && p.zero_type != int(ZeroType::kNone)) {
+        const uint32_t zeros = stage + p.zeros_at;
         if (p.zero_type == int(ZeroType::kInteger)) {
-          zero = {float(stored.x & 255), float(stored.x >> 8)};
+          load_bytes(zeros + value, zero);
         } else {
-          zero = floats(stored, p.scale_type);
+          load(zeros + value * kScaleBytes, zero);
         }
       }
       // Of the rounded scale where it is fused, so that code and zero point have the same.
-      const float bias = float(p.bias_of_codes);
-      const float2 fused{unscale<0>(rounded_scale.x), unscale<1>(rounded_scale.y)};
-      zero = {Codes::stored_zero(zero.x + bias, fused.x), Codes::stored_zero(zero.y + bias, fused.y)};
-      const float2 rounded = store_pair(to + p.resolved_bytes, zero);
-      if (p.has_rest) {
-        store_pair(to + 2 * p.resolved_bytes, {zero.x - rounded.x, zero.y - rounded.y});
-        store_pair(to + 3 * p.resolved_bytes, {stored.x - rounded_scale.x, stored.y - rounded_scale.y});
+      const float bias = static_cast<float>(p.bias_of_codes);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        zero[i] = Codes::stored_zero(zero[i] + bias, rounded[i] * (1 / Codes::stored_scale(i & 1, 1)));
+      }
+      float rounded_zero[kValues];
+      store(to + p.resolved_bytes, zero, rounded_zero);
+      if (Codes::kFine && p.has_rest) {
+        store_rest(to + 2 * p.resolved_bytes, zero, rounded_zero);
+        store_rest(to + 3 * p.resolved_bytes, stored, rounded);
       }
     }
   }
 
  private:
+  using T = typename Codes::T;
+  static constexpr int kScaleBytes = size_of(kType);
+
   const Params& p;
   uint32_t shared;
-  int lane;
-  float nested_offset;
+  float nested_offset = 0;
 
-  // Rounds to T; returns what was stored.
-  __device__ __forceinline__ static float2 store_pair(uint32_t to, float2 v) {
-    const uint32_t pair = as_bits(Pair<T>::of(v.x, v.y));
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
-    return unpack_pair<T>(pair);
+  // Rounds to T; `rounded` is what was stored.
+  __device__ __forceinline__ static void store(uint32_t to, const float (&v)[kValues], float (&rounded)[kValues]) {
+    const uint32_t pairs[2] = {as_bits(Pair<T>::of(v[0], v[1])), as_bits(Pair<T>::of(v[2], v[3]))};
+    store_shared_8(to, make_uint2(pairs[0], pairs[1]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 both = unpack_pair<T>(pairs[i]);
+      rounded[2 * i] = both.x;
+      rounded[2 * i + 1] = both.y;
+    }
   }
 
-  __device__ __forceinline__ static uint2 load_two(uint32_t from, int bytes) {
-    if (bytes == 2) return {load_shared_4(from), 0};
-    if (bytes == 4) return load_shared_8(from);
-    return {load_shared_2(from), 0};
+  __device__ __forceinline__ static void store_rest(uint32_t to, const float (&v)[kValues],
+                                                    const float (&rounded)[kValues]) {
+    store_shared_8(to, make_uint2(as_bits(Pair<T>::of(v[0] - rounded[0], v[1] - rounded[1])),
+                                  as_bits(Pair<T>::of(v[2] - rounded[2], v[3] - rounded[3]))));
   }
 
-  // A scale from what it is stored as.
-  template <int kRow>
-  __device__ __forceinline__ static float unscale(float stored) {
-    return stored * (1 / Codes::stored_scale(kRow, 1));
+  __device__ __forceinline__ static void load_bytes(uint32_t from, float (&v)[kValues]) {
+    const uint32_t raw = load_shared_4(from);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = static_cast<float>(raw >> 8 * i & 255);
   }
 
-  // Two neighbours of a type of scales.
-  __device__ __forceinline__ static float2 floats(uint2 raw, int type) {
-    if (type == int(ScaleType::kFp32)) return {__uint_as_float(raw.x), __uint_as_float(raw.y)};
-    if (type == int(ScaleType::kBf16)) return unpack_pair<__nv_bfloat16>(raw.x);
-    if (type == int(ScaleType::kFp16)) return unpack_pair<__half>(raw.x);
-    return {byte_scale(raw.x & 255, type), byte_scale(raw.x >> 8, type)};
-  }
-
-  __device__ __forceinline__ static float byte_scale(uint32_t byte, int type) {
-    if (type == int(ScaleType::kE4M4)) return e4m4_to_float(uint8_t(byte));
-    if (type == int(ScaleType::kE4M3)) return e4m3_to_float(uint8_t(byte));  // times tensor_scale, at the end
-    return e8m0_to_float(uint8_t(byte));
+  // Neighbours of the type of scales; nested absmax: as stored, indices.
+  __device__ __forceinline__ static void load(uint32_t from, float (&v)[kValues]) {
+    if constexpr (kType == ScaleType::kFp32) {
+      const uint4 raw = load_shared_16(from);
+      v[0] = __uint_as_float(raw.x);
+      v[1] = __uint_as_float(raw.y);
+      v[2] = __uint_as_float(raw.z);
+      v[3] = __uint_as_float(raw.w);
+    } else if constexpr (kScaleBytes == 2) {
+      using Stored = std::conditional_t<kType == ScaleType::kFp16, __half, __nv_bfloat16>;
+      const uint2 raw = load_shared_8(from);
+      const float2 low = unpack_pair<Stored>(raw.x), high = unpack_pair<Stored>(raw.y);
+      v[0] = low.x;
+      v[1] = low.y;
+      v[2] = high.x;
+      v[3] = high.y;
+    } else if constexpr (kNested) {
+      load_bytes(from, v);
+    } else {
+      const uint32_t raw = load_shared_4(from);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const uint8_t byte = static_cast<uint8_t>(raw >> 8 * i);
+        v[i] = kType == ScaleType::kE4M4   ? e4m4_to_float(byte)
+               : kType == ScaleType::kE4M3 ? e4m3_to_float(byte)  // times tensor_scale, at the end
+                                           : e8m0_to_float(byte);
+      }
+    }
   }
 };
 
