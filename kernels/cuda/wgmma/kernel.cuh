@@ -35,6 +35,7 @@ constexpr int kAtomBytes = layout::atom_bytes(4);
 constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
 constexpr int kUnitTokens = 16;                  // what a stmatrix stores
+constexpr int kStartChunks = 4;                  // requested before the CTA's first barrier
 constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
 
 struct Arguments {
@@ -217,14 +218,15 @@ class Kernel {
     prefetch(arguments.scales);
     prefetch(arguments.x);
     if (p.zero_bytes != 0) prefetch(arguments.zeros);
-    for (int i = 0; i < p.stages; ++i) Barrier::init(full + i, 1);
-    cutlass::arch::fence_barrier_init();
     const Tile tile = tile_at(first_tile);
-    const int ahead = min(p.stages, chunks);
+    const int ahead = min(min(p.stages, kStartChunks), chunks);
     for (int i = 0; i < ahead; ++i) {
+      Barrier::init(full + i, 1);
+      cutlass::arch::fence_barrier_init();
       copy_weights(tile, i, i);
       if (!p.programmatic_launch) copy_x(tile, i, i);
     }
+    for (int i = ahead; i < p.stages; ++i) Barrier::init(full + i, 1);
     for (int i = 0; i < p.stages; ++i) {
       Barrier::init(resolved + i, kResolveWarps);
       Barrier::init(empty + i, p.slabs_per_cta / C::kRowTiles * 4);
