@@ -18,6 +18,16 @@ constexpr int64_t kCpuStreamTokens = 20;
 // caller's dense GEMM.
 constexpr int64_t kCudaStreamTokens = 32;
 
+// With so many tokens wgmma takes over from stream, where it covers the problem. Us of stream at M = 16, 17 and 32 / of
+// wgmma at 17 and 32 (H200, cold weights in a CUDA graph, bf16, 2026-11-21):
+//                 int4 g64                          nf4
+//   1024 x 4096   4.8,  6.0,  6.6 /  6.6,  6.6      5.3,  6.3,  8.2 /  6.8,  6.8
+//   4096 x 4096   6.5,  8.4,  9.4 /  8.7,  8.7      8.2,  8.6, 10.8 /  9.4,  9.4
+//   6144 x 4096   8.8, 11.9, 13.0 / 10.5, 10.5     10.2, 11.7, 20.3 / 12.0, 12.0
+//   8192 x 8192  14.5, 20.8, 22.4 / 17.1, 17.2     16.9, 19.3, 32.7 / 22.6, 20.6
+//   28672 x 4096 25.0, 36.8, 41.1 / 25.5, 25.0     28.7, 32.4, 55.5 / 35.1, 32.1
+int64_t cuda_wgmma_from(const Weight& w) { return w.n * w.k > int64_t{1} << 24 ? 17 : 25; }
+
 // The same for simt. Us of simt / of dequant + cuBLAS at M = 1, 4, 8, 16 (H200, cold weights in a CUDA graph, bf16
 // unless said, 2026-11-21):
 //             4096 x 4096                                  1280 x 3420 or 1024 x 4096
@@ -35,14 +45,7 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
   return problem.dtype == DType::kFp32 ? 16 : 8;
 }
 
-// Above kCudaStreamTokens and up to so many, wgmma where it covers the problem. Us of wgmma int4 g64 / wgmma nf4 /
-// cuBLAS bf16 on the dequantized weight (dequantizing it first costs 10 to 60 us more; H200, cold weights in a CUDA
-// graph, 2026-11-21):
-//   M               64                  512                 1024                2048
-//   4096 x 4096     12.2, 13.0 / 12.2   28.4, 34.7 / 23.9   46.4, 52.9 / 43.9   97.7, 114 / 85.8
-//   8192 x 8192     30.8, 29.4 / 37.0   86.3, 101 / 91.7    172, 216 / 173      385, 458 / 387
-//   28672 x 4096    44.6, 51.5 / 62.6   186, 243 / 164      346, 405 / 353      702, 802 / 712
-//   4096 x 14336    30.0, 31.9 / 37.0   85.7, 107 / 77.7    148, 180 / 151      334, 394 / 336
+// Up to so many tokens wgmma is taken to be faster than dequantizing for the dense GEMM.
 int64_t cuda_wgmma_tokens(const GemmProblem& problem) { return problem.weight.is_codebook ? 1024 : 2048; }
 
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
@@ -81,7 +84,7 @@ int select_by_table(const GemmProblem& problem, bool dense_fallback) {
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   const int stream = first_gemm(problem, Family::kStream);
-  if (problem.m > kCudaStreamTokens && (problem.m <= cuda_wgmma_tokens(problem) || !dense_fallback)) {
+  if (problem.m >= cuda_wgmma_from(problem.weight) && (problem.m <= cuda_wgmma_tokens(problem) || !dense_fallback)) {
     const int wgmma = first_gemm(problem, Family::kWgmma);
     if (wgmma >= 0) return wgmma;
   }

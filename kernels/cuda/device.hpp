@@ -10,7 +10,7 @@ struct DeviceProperties {
   int shared_bytes;  // of a block, at most
   bool clusters;     // sm_90 and up
   // Clusters of 1, 2, ... CTAs that run at once with one CTA an SM. Fewer than sms / size: a cluster lies within one
-  // GPC (an H200 with 132 SMs: 66 of 2, 30 of 4, 15 of 8).
+  // GPC (an H200 with 132 SMs: 132, 66, 39, 30, 22, 17, 15, 15).
   int clusters_at_once[kMaxCluster];
 
   int active_clusters(int size) const { return clusters_at_once[size - 1]; }

@@ -144,7 +144,7 @@ void check_device(const DeviceProperties& device) {
 }  // namespace
 
 int main() {
-  static const DeviceProperties h200{132, 232448, true, {132, 66, 42, 30, 24, 20, 16, 15}};
+  static const DeviceProperties h200{132, 232448, true, {132, 66, 39, 30, 22, 17, 15, 15}};
   static const DeviceProperties a100{108, 166912, false, {108}};
   static const DeviceProperties small{82, 101376, false, {82, 0, 0, 0}};  // sm_86 and sm_89
   for (const DeviceProperties* device : {&h200, &a100, &small}) check_device(*device);

@@ -58,15 +58,14 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
              int64_t{p.row_tiles - 1} * p.slabs_per_cta < layout::slabs(w.n) &&
              int64_t{p.token_tiles} * kernel.tokens >= problem.m,
          "the tiles cover N and M", problem);
-  expect(p.clusters >= 1 && p.clusters <= int64_t{p.row_tiles} * p.token_tiles &&
-             p.cluster <= kMaxCluster && p.clusters <= device.active_clusters(p.cluster),
+  expect(p.clusters >= 1 && p.clusters <= int64_t{p.row_tiles} * p.token_tiles && p.cluster <= kMaxCluster &&
+             p.clusters <= device.active_clusters(p.cluster),
          "clusters", problem);
   expect(plan.threads == (p.slabs_per_cta / kernel.row_tiles + 1) * kWarpgroupThreads &&
              plan.threads <= (kernel.warpgroups + 1) * kWarpgroupThreads,
          "threads", problem);
-  expect(plan.tile_tokens == kernel.tokens && plan.tile_tokens <= 256 &&
-             p.slabs_per_cta <= 256 && p.group_scale_pieces >= 1 && p.group_scale_pieces <= 256 &&
-             p.group_zero_pieces <= 256,
+  expect(plan.tile_tokens == kernel.tokens && plan.tile_tokens <= 256 && p.slabs_per_cta <= 256 &&
+             p.group_scale_pieces >= 1 && p.group_scale_pieces <= 256 && p.group_zero_pieces <= 256,
          "boxes", problem);
   expect(p.group_scale_bytes % 16 == 0 && p.group_zero_bytes % 16 == 0 && p.scales_at % 128 == 0 &&
              (p.zero_bytes == 0 || p.zeros_at % 128 == 0),
@@ -97,7 +96,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
 }  // namespace
 
 int main() {
-  static const DeviceProperties h200{132, 232448, true, {132, 66, 42, 30, 24, 20, 16, 15}};
+  static const DeviceProperties h200{132, 232448, true, {132, 66, 39, 30, 22, 17, 15, 15}};
   constexpr int64_t kSizes[] = {1, 63, 64, 65, 130, 1000, 4096, 14336, 128256};
   for (const bool codebook : {false, true}) {
     const Candidates candidates = candidates_of(codebook);

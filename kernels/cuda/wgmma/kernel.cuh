@@ -7,7 +7,8 @@
 // Scales   Three more warps make of scales of any type what decode multiplies with.
 // Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
 //          half before run: two sets of registers, and one group of MMAs always in flight.
-// Split    A cluster owns a tile. Its `cluster` CTAs have parts of K and leave their sums in their shared memory, of which
+// Split    A cluster owns a tile. Its `cluster` CTAs have parts of K and leave their sums in their shared memory, of
+// which
 //          each adds the tokens it stores. Every sum is added in one fixed order.
 // Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
 #pragma once
@@ -36,7 +37,7 @@ constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
 constexpr int kUnitTokens = 16;                  // what a stmatrix stores
 constexpr int kStartChunks = 4;                  // requested before the CTA's first barrier
-constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
+constexpr int kSumsBarrier = 15;                 // 1 and up: of the warpgroups
 
 struct Arguments {
   CUtensorMap x, codes, scales, zeros;
@@ -58,7 +59,8 @@ struct Config {
   static constexpr int kCopyRegisters = 40;
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
-  // k16 steps whose MMAs are one group: a block where registers alternate between two sets of operands, else half of it.
+  // k16 steps whose MMAs are one group: a block where registers alternate between two sets of operands, else half of
+  // it.
   static constexpr int kSteps = kBlocks * kRowTiles % 2 == 0 ? layout::kSteps : layout::kSteps / 2;
   using Value = std::conditional_t<std::is_same_v<T, __half>, cutlass::half_t, cutlass::bfloat16_t>;
   using Atom =
@@ -153,9 +155,7 @@ class Kernel {
     return tile;
   }
 
-  __device__ __forceinline__ int first_slab(Tile tile) const {
-    return tile.row * p.slabs_per_cta;
-  }
+  __device__ __forceinline__ int first_slab(Tile tile) const { return tile.row * p.slabs_per_cta; }
 
   // ---- the codebook
 
@@ -298,13 +298,20 @@ class Kernel {
   // One of the kResolveThreads threads that share the groups of a stage.
   __device__ __forceinline__ void resolve(int thread) const {
     switch (ScaleType(p.scale_type)) {
-      case ScaleType::kFp32: return resolve_all<ScaleType::kFp32>(thread);
-      case ScaleType::kFp16: return resolve_all<ScaleType::kFp16>(thread);
-      case ScaleType::kBf16: return resolve_all<ScaleType::kBf16>(thread);
-      case ScaleType::kE4M4: return resolve_all<ScaleType::kE4M4>(thread);
-      case ScaleType::kE4M3: return resolve_all<ScaleType::kE4M3>(thread);
-      case ScaleType::kE8M0: return resolve_all<ScaleType::kE8M0>(thread);
-      case ScaleType::kNested: return resolve_all<ScaleType::kNested>(thread);
+      case ScaleType::kFp32:
+        return resolve_all<ScaleType::kFp32>(thread);
+      case ScaleType::kFp16:
+        return resolve_all<ScaleType::kFp16>(thread);
+      case ScaleType::kBf16:
+        return resolve_all<ScaleType::kBf16>(thread);
+      case ScaleType::kE4M4:
+        return resolve_all<ScaleType::kE4M4>(thread);
+      case ScaleType::kE4M3:
+        return resolve_all<ScaleType::kE4M3>(thread);
+      case ScaleType::kE8M0:
+        return resolve_all<ScaleType::kE8M0>(thread);
+      case ScaleType::kNested:
+        return resolve_all<ScaleType::kNested>(thread);
     }
   }
 
@@ -565,8 +572,7 @@ class Kernel {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           if (!stores(q / 2)) continue;
-          const float4 v =
-              load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source);
+          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source);
           float* to = sums.v[r] + 4 * q;
           to[0] += v.x;
           to[1] += v.y;
@@ -626,7 +632,7 @@ class Kernel {
         sync_warps(1 + warpgroup, kWarpgroupThreads);
       }
     }
-    if (p.cluster > 1) {      // everyone has read this CTA's sums
+    if (p.cluster > 1) {        // everyone has read this CTA's sums
       cute::tma_store_fence();  // the next copies into the ring come from another proxy
       cluster_wait_for_all();
     }
