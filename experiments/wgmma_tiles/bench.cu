@@ -198,7 +198,7 @@ static void run_checks(int only) {
   const int F32 = 0, F16 = 1, B16 = 2, NST = 6;
   std::vector<Case> cs = {
     {256, 512, 64, 64, 0, 8, B16, 0, 0, 0}, {1024, 4096, 33, 64, 0, 8, B16, 0, 1, 0}, {200, 328, 17, 64, 0, 8, B16, 0, 1, 8}, {1, 1, 1, 64, 0, 8, B16, 0, 1, 7}, {77, 3420, 65, 128, 0, 8, F32, 0, 1, 4},
-    {520, 1000, 129, 32, 0, 0, B16, 1, 1, 0}, {300, 640, 257, 16, 0, 0, F32, 2, 1, 8}, {2048, 1024, 1000, 256, 0, 0, B16, 2, 1, 0}, {640, 6000, 127, 1 << 20, 0, 8, F16, 0, 1, 0},
+    {520, 1000, 129, 32, 0, 0, B16, 1, 1, 0}, {300, 640, 257, 16, 0, 0, F32, 2, 1, 8}, {520, 1000, 65, 64, 0, 0, B16, 1, 1, 0}, {300, 640, 97, 128, 0, 0, B16, 2, 1, 8}, {2048, 1024, 1000, 256, 0, 0, B16, 2, 1, 0}, {640, 6000, 127, 1 << 20, 0, 8, F16, 0, 1, 0},
     {1000, 1024, 63, 64, 1, 0, F32, 0, 1, 0}, {4096, 1536, 40, 64, 1, 0, NST, 0, 1, 0}, {515, 4096, 130, 128, 1, 0, NST, 0, 1, 0}, {700, 1504, 300, 32, 1, 0, 5, 0, 1, 0}, {333, 2048, 90, 16, 1, 0, 4, 0, 1, 0}};
   int runs = 0, bad = 0; double worst = 0;
   for (int i = 0; i < int(cs.size()); ++i) {
@@ -252,10 +252,10 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
   for (int si : which) for (const char* pc = policies; *pc; ++pc) {
     Shape s = shapes[si];
     bool cb = *pc == 'n' || *pc == 'd';
-    int group = *pc == 'j' ? 128 : 64, stype = *pc == 'n' ? 0 : *pc == 'd' ? 6 : 2;
+    int group = *pc == 'j' ? 128 : 64, stype = *pc == 'n' ? 0 : *pc == 'd' ? 6 : 2, ztype = *pc == 'u' ? 1 : 0;
     uint8_t* pool = nullptr; int copies = 0; int64_t stride = 0, o_scale = 0, o_absmax = 0;
     for (int m : ms) {
-      Problem q{s.n, s.k, m, group, cb, cb ? 0 : 8, stype, 0, 0, false, s.k, 5, 0};
+      Problem q{s.n, s.k, m, group, cb, cb || ztype ? 0 : 8, stype, ztype, 0, false, s.k, 5, 0};
       q.ref_m = 32;
       Dev d = make(q);
       if (!pool) {
@@ -266,7 +266,7 @@ static void run_times(const char* policies, std::vector<int> ms, std::vector<int
           CK(cudaMemcpy(pool + i * stride, d.codes, d.code_bytes, cudaMemcpyDeviceToDevice)); CK(cudaMemcpy(pool + i * stride + o_scale, d.scales, d.scale_bytes, cudaMemcpyDeviceToDevice));
           CK(cudaMemcpy(pool + i * stride + o_absmax, d.absmax, 4 * d.absmax_count, cudaMemcpyDeviceToDevice));
         }
-        printf("## %dx%d %s: %.2f MB\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6);
+        printf("## %dx%d %s: %.2f MB\n", s.n, s.k, *pc == 'i' ? "int4 g64" : *pc == 'j' ? "int4 g128" : *pc == 'u' ? "uint4 g64 zeros" : *pc == 'n' ? "nf4 fp32" : "nf4 nested", (d.code_bytes + d.scale_bytes) * 1e-6);
       }
       const double flops = 2.0 * m * s.n * s.k;
       int nodes = std::max(4, std::min(copies, int(2e12 / flops) + 1));

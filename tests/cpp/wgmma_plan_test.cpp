@@ -30,17 +30,21 @@ void expect(bool condition, const char* what, const GemmProblem& p) {
 Candidates candidates_of(bool table) {
   struct Tile {
     int tokens, row_tiles, warpgroups;
-    bool fine;
   };
-  constexpr Tile kTiles[] = {{32, 1, 4, false},  {64, 1, 4, false}, {128, 1, 3, false}, {128, 2, 2, false},
-                             {256, 1, 2, false}, {64, 1, 4, true},  {128, 1, 3, true},  {256, 1, 2, true}};
-  static const char functions[2][8] = {};  // told apart by address
+  constexpr Tile kTiles[] = {{32, 1, 4}, {64, 1, 4}, {128, 1, 3}, {128, 2, 2}, {256, 1, 2}};
+  constexpr Tile kFineTiles[] = {{64, 1, 4}, {128, 1, 3}, {256, 1, 2}};
+  static const char functions[2][16] = {};  // told apart by address
   Candidates list;
-  for (const Tile& t : kTiles) {
+  const auto add = [&](const Tile& t, bool fused, bool fine) {
     list.add({&functions[table][list.count],
               {t.tokens, t.tokens <= 128 ? 2 : 1, t.row_tiles, t.warpgroups, std::min(t.tokens, 64), table,
-               table && t.tokens <= 64, t.fine}});
+               table && t.tokens <= 64, fused, fine}});
+  };
+  for (const Tile& t : kTiles) {
+    if (!table) add(t, true, false);
+    add(t, false, false);
   }
+  for (const Tile& t : kFineTiles) add(t, false, true);
   return list;
 }
 
@@ -71,6 +75,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
              (p.zero_bytes == 0 || p.zeros_at % 128 == 0),
          "alignment of copies", problem);
   expect(p.groups_in_chunk * p.group_steps == kernel.blocks * layout::kSteps, "groups of a chunk", problem);
+  expect(!kernel.fused || w.zero_type == ZeroType::kNone, "a fused kernel has no zero points", problem);
   expect(p.groups_in_chunk <= kernel.blocks || kernel.fine, "groups below a block need a fine kernel", problem);
   expect(p.stages >= 2 && p.stages <= kMaxStages && p.stage_bytes % kSharedAlignment == 0 &&
              p.ring_at % kSharedAlignment == 0 && p.resolved_at + 2 * p.resolved_bytes <= p.stage_bytes,
@@ -80,7 +85,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
     if (bytes > 0) pieces.push_back({at, at + bytes});
   };
   if (kernel.pair_table) add(0, kPairTableBytes);
-  const int64_t sums = p.cluster_k > 1 ? int64_t{p.slabs_per_cta} * layout::kBlockRows * kernel.tokens * 4 : 0;
+  const int64_t sums = p.cluster > 1 ? int64_t{p.slabs_per_cta} * layout::kBlockRows * kernel.tokens * 4 : 0;
   add(p.ring_at, std::max(int64_t{p.stages} * p.stage_bytes, sums));
   add(p.output_at, int64_t{p.slabs_per_cta / kernel.row_tiles} * kernel.output_tokens * layout::kBlockRows * 2);
   add(p.codebook_at, 2 * kCodebookSize);

@@ -51,6 +51,13 @@ struct Scale {
   uint32_t scale_rest[2];
 };
 
+// What a kernel can do with scales; the less, the fewer instructions.
+enum class Scaling {
+  kFused,     // integers without zero points: scaled and centered by one FMA
+  kPerBlock,  // groups of a block at least; zero points that are integers or of x's type
+  kFine,      // every group size and zero point
+};
+
 // Integers. The bits of a code at the bottom of a 16-bit number, or four bits higher, are a subnormal number: kUnit or
 // 16 * kUnit times the code. In the rows g codes stand at the bottom, in the rows g + 8 higher.
 //   fused   one FMA: code * scale - bias * scale, rounded once, because the bias is a power of two. bf16 without zeros
@@ -74,15 +81,15 @@ struct IntegerUnits<__half> {  // units of 2^-24; the factors keep scales and we
   static constexpr float kStep = 0x1p-9f, kScale = 0x1p6f, kOutput = 0x1p3f;
 };
 
-// kFine: every zero point and group size; else none and groups of a block at least.
-template <class T_, bool kFine_, int kTokens>
+template <class T_, Scaling kScaling, int kTokens>
 struct IntegerCodes {
   using T = T_;
   using Units = IntegerUnits<T>;
   static constexpr bool kTable = false;
   static constexpr bool kPairTable = false;
-  static constexpr bool kFine = kFine_;
-  static constexpr bool kFused = Units::kFuses && !kFine;
+  static constexpr bool kFine = kScaling == Scaling::kFine;
+  static constexpr bool kFused = kScaling == Scaling::kFused;
+  static constexpr bool kCanFuse = Units::kFuses;
   static constexpr float kOutputFactor = kFused ? Units::kFusedOutput : Units::kOutput;
 
   struct Table {};
@@ -130,11 +137,13 @@ struct IntegerCodes {
 // the one that the code's top bit says.
 constexpr int kPairTokens = 64;
 
-template <class T_, bool kFine_, int kTokens>
+template <class T_, Scaling kScaling, int kTokens>
 struct CodebookCodes {
   using T = T_;
   static constexpr bool kTable = true;
-  static constexpr bool kFine = kFine_;
+  static constexpr bool kFine = kScaling == Scaling::kFine;
+  static constexpr bool kFused = false;
+  static constexpr bool kCanFuse = false;
   static constexpr bool kPairTable = kTokens <= kPairTokens;
   static constexpr float kOutputFactor = 1;
 

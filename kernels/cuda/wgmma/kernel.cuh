@@ -56,7 +56,7 @@ struct Config {
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
   // Of 64 K registers: what the launch gives every thread is dealt again.
-  static constexpr int kCopyRegisters = 40;
+  static constexpr int kCopyRegisters = kWarpgroups == 2 ? 40 : 56;
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
   // k16 steps whose MMAs are one group: a block where registers alternate between two sets of operands, else half of
@@ -320,16 +320,33 @@ class Kernel {
     using Resolver = ScaleResolver<Codes, kType>;
     const Resolver resolver(p, shared);
     const int shares = p.slabs_per_cta * p.groups_in_chunk * Resolver::kShares;
+    constexpr int kAhead = 2;  // shares of a thread whose second-level scales are requested a chunk ahead
     RingPosition at;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const int first_row = first_slab(tile_at(index)) * layout::kBlockRows;
+      typename Resolver::SecondLevel next[kAhead]{}, second[kAhead];
+      const auto load_next = [&](int chunk) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int share = thread + i * kResolveThreads;
+          if (share < shares && chunk < chunks) resolver.load_second_level(first_row, chunk0 + chunk, share, next[i]);
+        }
+      };
+      load_next(0);
       for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
-        typename Resolver::SecondLevel second;
-        if (thread < shares) resolver.load_second_level(first_row, chunk0 + chunk, thread, second);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) second[i] = next[i];
+        load_next(chunk + 1);
         Barrier::wait(full + at.stage, at.phase);
-        for (int share = thread; share < shares; share += kResolveThreads) {
-          if (share != thread) resolver.load_second_level(first_row, chunk0 + chunk, share, second);
-          resolver.resolve(shared + p.ring_at + at.stage * p.stage_bytes, share, second);
+        const uint32_t stage = shared + p.ring_at + at.stage * p.stage_bytes;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int share = thread + i * kResolveThreads;
+          if (share < shares) resolver.resolve(stage, share, second[i]);
+        }
+        for (int share = thread + kAhead * kResolveThreads; share < shares; share += kResolveThreads) {
+          resolver.load_second_level(first_row, chunk0 + chunk, share, second[0]);
+          resolver.resolve(stage, share, second[0]);
         }
         __syncwarp();
         if (thread % 32 == 0) Barrier::arrive(resolved + at.stage);

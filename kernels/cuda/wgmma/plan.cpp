@@ -41,9 +41,8 @@ double cost_of(const KernelTraits& kernel, const Split& split, const Params& p) 
   const double start = kernel.table ? 3300 : 3050;
   const double output = 1600 + 12.4 * sums;  // of a tile that another one follows
   const double exchange = p.cluster > 1 ? 1060 + 6.7 * sums : 0;
-  // Groups within a block, zero points.
-  const double fine = kernel.fine ? 1.2 : 1;
-  return start + passes * (blocks * block * fine + exchange) + (passes - 1) * output + 9.6 * sums;
+  const double scaling = kernel.table || kernel.fused ? 1 : kernel.fine ? 1.3 : 1.1;
+  return start + passes * (blocks * block * scaling + exchange) + (passes - 1) * output + 9.6 * sums;
 }
 
 }  // namespace
@@ -72,13 +71,14 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.groups_in_chunk = one_group || w.group_size >= chunk_k ? 1 : static_cast<int32_t>(chunk_k / w.group_size);
   p.group_steps = static_cast<int32_t>(chunk_k) / layout::kStepK / p.groups_in_chunk;
   p.group_shift = one_group ? 31 : w.group_size <= chunk_k ? 0 : log2_of(w.group_size / chunk_k);
-  if (kernel.fine != (p.groups_in_chunk > kernel.blocks || w.zero_type != ZeroType::kNone)) return false;
+  if (kernel.fused && w.zero_type != ZeroType::kNone) return false;
   const int group_values = p.groups_in_chunk * layout::kBlockRows;
   p.group_scale_bytes = static_cast<uint32_t>(group_values * p.scale_bytes);
   p.group_zero_bytes = static_cast<uint32_t>(group_values * p.zero_bytes);
   p.group_scale_pieces = static_cast<int32_t>(p.group_scale_bytes) / kPieceBytes;
   p.group_zero_pieces = static_cast<int32_t>(p.group_zero_bytes) / kPieceBytes;
   p.has_rest = w.zero_type == ZeroType::kFloat && float_type(w.scale_type) != problem.dtype;
+  if (kernel.fine != (p.groups_in_chunk > kernel.blocks || p.has_rest)) return false;
   // A stage.
   const uint32_t x_bytes = static_cast<uint32_t>(kernel.blocks * kernel.tokens * layout::kBlockK * 2);
   p.codes_at = x_bytes;

@@ -16,7 +16,7 @@ struct KernelTraits {
   int output_tokens;  // that a warpgroup's output buffer holds
   bool table;         // codebooks
   bool pair_table;    // in shared memory
-  bool fine;          // every zero point and group size; else none, and groups of a block at least
+  bool fused, fine;   // codes.cuh: Scaling
 };
 
 struct Compiled {
@@ -26,7 +26,7 @@ struct Compiled {
 
 struct Candidates {
   int count = 0;
-  Compiled kernels[12];
+  Compiled kernels[16];
 
   void add(const Compiled& kernel) { kernels[count++] = kernel; }
 };

@@ -26,10 +26,13 @@ class ScaleResolver {
 
   // `shared`: address of the CTA's shared memory.
   __device__ __forceinline__ ScaleResolver(const Params& p, uint32_t shared) : p(p), shared(shared) {
-    if constexpr (kNested) nested_offset = __ldg(p.nested_offset);
+    if constexpr (kNested) {
+      nested_offset = __ldg(p.nested_offset);
+      slab_shift = 31 - __clz(p.groups_in_chunk);
+    }
   }
 
-  // Second-level scales of a share: they may be requested before the stage is there.
+  // Second-level scales of a share. They come from global memory: to be requested a stage ahead.
   struct SecondLevel {
     float of[kNested ? kValues : 1];
   };
@@ -38,8 +41,8 @@ class ScaleResolver {
   __device__ __forceinline__ void load_second_level(int first_row, int chunk, int share, SecondLevel& second) const {
     if constexpr (kNested) {
       const int at = share / kShares;  // slabs outside, groups inside
-      const int slab = at / p.groups_in_chunk;
-      const int group = p.groups_in_chunk > 1 ? chunk * p.groups_in_chunk + at % p.groups_in_chunk  //
+      const int slab = at >> slab_shift;
+      const int group = p.groups_in_chunk > 1 ? (chunk << slab_shift) + (at & (p.groups_in_chunk - 1))  //
                                               : chunk >> p.group_shift;
       const int index = min(group, p.groups - 1);
 #pragma unroll
@@ -72,7 +75,7 @@ class ScaleResolver {
       store_rest(to + p.resolved_bytes, stored, rounded);
     } else {
       float zero[kValues] = {};
-      if (Codes::kFine && p.zero_type != int(ZeroType::kNone)) {
+      if (!Codes::kFused && p.zero_type != int(ZeroType::kNone)) {
         const uint32_t zeros = stage + p.zeros_at;
         if (p.zero_type == int(ZeroType::kInteger)) {
           load_bytes(zeros + value, zero);
@@ -102,6 +105,7 @@ class ScaleResolver {
   const Params& p;
   uint32_t shared;
   float nested_offset = 0;
+  int slab_shift = 0;  // log2 of the groups of a slab in a chunk
 
   // Rounds to T; `rounded` is what was stored.
   __device__ __forceinline__ static void store(uint32_t to, const float (&v)[kValues], float (&rounded)[kValues]) {
