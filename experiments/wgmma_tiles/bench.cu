@@ -186,11 +186,11 @@ static GemmProblem gemm_of(const Problem& q, const Dev& d, const uint8_t* codes,
   g.dtype = DType::kBf16; g.m = q.m; g.x = (const char*)d.x + 2 * q.xoff; g.ldx = q.ldx; g.y = y; g.ldy = ldy; g.bias = q.has_bias ? d.bias : nullptr; g.stream = st; g.programmatic_launch = pdl; g.threads = 1;
   return g;
 }
-static std::string name(const wg::KernelTraits& t, const wg::Params& p) { char b[96]; snprintf(b, 96, "T%d R%d%s k%d s%d c%d", t.tokens, p.slabs_per_cta * 64, t.row_tiles == 2 ? "x2" : "", p.cluster, p.stages, p.clusters * p.cluster); return b; }
+static std::string name(const wg::KernelTraits& t, const wg::Params& p) { char b[96]; snprintf(b, 96, "T%d R%d%s w%d k%d s%d c%d", t.tokens, p.slabs_per_cta * 64, t.row_tiles == 2 ? "x2" : "", p.k_warpgroups, p.cluster, p.stages, p.clusters * p.cluster); return b; }
 static void launch1(const wg::Compiled& k, const GemmProblem& g, const wg::Params& p, const wg::Plan& plan) { if (const char* e = wg::launch(k.function, g, p, plan)) { printf("launch: %s (%s)\n", e, name(k.traits, p).c_str()); exit(1); } }
 static std::vector<wg::Split> splits(const wg::Compiled& k) {
   std::vector<wg::Split> r;
-  for (int w = 1; w <= k.traits.warpgroups; ++w) for (int c = 1; c <= 8; ++c) r.push_back({w, c});
+  for (int w = 1; w <= k.traits.warpgroups; ++w) for (int kw = 1; kw * w <= k.traits.warpgroups; ++kw) for (int c = 1; c <= 8; ++c) r.push_back({w, kw, c});
   return r;
 }
 static void run_checks(int only) {
@@ -315,7 +315,7 @@ static std::vector<int> list_of(const char* s) { std::vector<int> r; for (const 
 int main(int argc, char** argv) {
   CK(cudaMalloc(&g_cmp, 64));
   std::string mode = argc > 1 ? argv[1] : "check";
-  if (mode == "prof") {  // prof i|n shape-n shape-k m kernel warpgroups cluster
+  if (mode == "prof") {  // prof i|n shape-n shape-k m kernel warpgroups k_warpgroups cluster
     const bool cb = *argv[2] == 'n';
     Problem q{atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), 64, cb, cb ? 0 : 8, cb ? 0 : 2, 0, 0, false, atoi(argv[4]), 5, 0};
     q.ref_m = 1;
@@ -323,7 +323,7 @@ int main(int argc, char** argv) {
     GemmProblem g = gemm_of(q, d, d.codes, d.scales, d.absmax, y, q.n, false, nullptr);
     const wg::Compiled& k = kernels_of(q).kernels[atoi(argv[6])];
     wg::Params p = params(q, g); wg::Plan plan;
-    if (!wg::plan_split(g, k.traits, cutlass_ext::cuda::device_properties(), {atoi(argv[7]), atoi(argv[8])}, &p, &plan)) { printf("no plan\n"); return 1; }
+    if (!wg::plan_split(g, k.traits, cutlass_ext::cuda::device_properties(), {atoi(argv[7]), atoi(argv[8]), atoi(argv[9])}, &p, &plan)) { printf("no plan\n"); return 1; }
     printf("%s\n", name(k.traits, p).c_str());
     for (int i = 0; i < 3; ++i) { CK(cudaMemset(junk, i, 200 << 20)); launch1(k, g, p, plan); }
     CK(cudaDeviceSynchronize()); return 0;

@@ -65,7 +65,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
   expect(p.clusters >= 1 && p.clusters <= int64_t{p.row_tiles} * p.token_tiles && p.cluster <= kMaxCluster &&
              p.clusters <= device.active_clusters(p.cluster),
          "clusters", problem);
-  expect(plan.threads == (p.slabs_per_cta / kernel.row_tiles + 1) * kWarpgroupThreads &&
+  expect(plan.threads == (p.slabs_per_cta / kernel.row_tiles * p.k_warpgroups + 1) * kWarpgroupThreads &&
              plan.threads <= (kernel.warpgroups + 1) * kWarpgroupThreads,
          "threads", problem);
   expect(plan.tile_tokens == kernel.tokens && plan.tile_tokens <= 256 && p.slabs_per_cta <= 256 &&
@@ -85,7 +85,11 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
     if (bytes > 0) pieces.push_back({at, at + bytes});
   };
   if (kernel.pair_table) add(0, kPairTableBytes);
-  const int64_t sums = p.cluster > 1 ? int64_t{p.slabs_per_cta} * layout::kBlockRows * kernel.tokens * 4 : 0;
+  expect(p.k_warpgroups <= p.part_chunks && p.k_warpgroups <= p.stages &&
+             (p.k_warpgroups == 1 || int64_t{p.row_tiles} * p.token_tiles == p.clusters),
+         "warpgroups along K", problem);
+  const int64_t sum_bytes = int64_t{p.slabs_per_cta} * layout::kBlockRows * kernel.tokens * 4;
+  const int64_t sums = p.cluster > 1 || p.k_warpgroups > 1 ? p.k_warpgroups * sum_bytes : 0;
   add(p.ring_at, std::max(int64_t{p.stages} * p.stage_bytes, sums));
   add(p.output_at, int64_t{p.slabs_per_cta / kernel.row_tiles} * kernel.output_tokens * layout::kBlockRows * 2);
   add(p.codebook_at, 2 * kCodebookSize);

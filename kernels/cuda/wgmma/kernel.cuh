@@ -1,8 +1,7 @@
 // The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
-// Roles    One warp copies, `slabs_per_cta / kRowTiles` warpgroups decode and multiply. They meet at the ring: a stage
-//          is a chunk, one or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
+// Roles    One warp copies, one to four warpgroups decode and multiply. They meet at the ring: a stage is a chunk, one or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
 //          scales and zeros of the CTA's 64-row slabs (TMA too: a map's rows are slabs, a box has all of the CTA's).
 // Scales   Three more warps make of scales of any type what decode multiplies with.
 // Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
@@ -73,9 +72,10 @@ struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
 
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
+  __device__ __forceinline__ void advance(int stages, int by = 1) {  // `by`: at most `stages`
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
       phase ^= 1;
     }
   }
@@ -155,6 +155,8 @@ class Kernel {
     return tile;
   }
 
+  __device__ __forceinline__ int multiplying_threads() const { return int(blockDim.x) - kWarpgroupThreads; }
+
   __device__ __forceinline__ int first_slab(Tile tile) const { return tile.row * p.slabs_per_cta; }
 
   // ---- the codebook
@@ -179,7 +181,7 @@ class Kernel {
   // different banks.
   __device__ __forceinline__ void build_pair_table() const {
     if ((shared & 0xFFFFFFu) != kSharedBase) __trap();
-    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
+    const int threads = multiplying_threads();
     const auto value = [&](int code) {
       return uint32_t(memory[p.codebook_at + code]) | uint32_t(memory[p.codebook_at + kCodebookSize + code]) << 8;
     };
@@ -366,12 +368,23 @@ class Kernel {
     const int lane = threadIdx.x % 32;
     const typename Codes::Table table = load_table();
     wait_for_previous_kernel();
+    const int row_warpgroups = p.slabs_per_cta / C::kRowTiles;
+    const int k_warpgroup = warpgroup / row_warpgroups, row_warpgroup = warpgroup % row_warpgroups;
     RingPosition at;
+    at.stage = k_warpgroup;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const Tile tile = tile_at(index);
       Sums sums;
-      multiply_tile(warpgroup * C::kRowTiles, warp, lane, table, at, sums);
-      finish_tile(tile, warpgroup, warp, lane, sums);
+      multiply_tile(row_warpgroup * C::kRowTiles, k_warpgroup, warp, lane, table, at, sums);
+      if (p.k_warpgroups > 1 || p.cluster > 1) {
+        sync_warps(kSumsBarrier, multiplying_threads());  // nobody reads the ring any more
+      }
+      if (p.k_warpgroups > 1) add_warpgroups(row_warpgroup, k_warpgroup, sums);
+      if (k_warpgroup == 0) {
+        finish_tile(tile, row_warpgroup, warp, lane, sums);
+      } else {
+        skip_sums();
+      }
     }
   }
 
@@ -422,9 +435,10 @@ class Kernel {
     twice[1] = __byte_perm(pair, 0, 0x3232);
   }
 
-  // `slab0`: the warpgroup's first slab in the CTA.
-  __device__ __forceinline__ void multiply_tile(int slab0, int warp, int lane, const typename Codes::Table& table,
-                                                RingPosition& at, Sums& sums) const {
+  // `slab0`: the warpgroup's first slab in the CTA. It multiplies the chunks k_warpgroup, k_warpgroup + k_warpgroups, ...
+  __device__ __forceinline__ void multiply_tile(int slab0, int k_warpgroup, int warp, int lane,
+                                                const typename Codes::Table& table, RingPosition& at,
+                                                Sums& sums) const {
     // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
     const uint32_t codes_at = p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
     constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
@@ -492,13 +506,14 @@ class Kernel {
     wait(barriers + at.stage * 8, at.phase);
     fetch_block(0);
     decode(0);
-    int left = chunks;  // at least one
+    int left = (chunks - k_warpgroup + p.k_warpgroups - 1) / p.k_warpgroups;  // at least one
+    int previous = 0;                                                        // stage
     bool first = true;
 #pragma unroll 1
     do {
       constexpr int kGroups = kParts * kChunkBlocks;
       const cute::GmmaDescriptor x = descriptor(stage);
-      const int stage_before = at.stage == 0 ? p.stages - 1 : at.stage - 1;
+      const int current = at.stage;
       const bool more = left > 1;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -521,8 +536,8 @@ class Kernel {
           if (next < kChunkBlocks) {
             fetch_block(next);
           } else {
-            at.advance(p.stages);
-            stage = at.stage == 0 ? ring : stage + p.stage_bytes;
+            at.advance(p.stages, p.k_warpgroups);
+            stage = ring + at.stage * p.stage_bytes;
             if (more) {
               wait(barriers + at.stage * 8, at.phase);
               fetch_block(0);
@@ -530,17 +545,24 @@ class Kernel {
           }
         }
         cute::warpgroup_wait<1>();
-        if (group == 0 && !first) release(empty_barriers, stage_before, lane);
+        if (group == 0 && !first) release(empty_barriers, previous, lane);
         if (group + 1 < kGroups) {
           decode(group + 1);
         } else if (more) {
           decode(0);
         }
       }
+      previous = current;
       first = false;
     } while (--left > 0);
     cute::warpgroup_wait<0>();
-    release(empty_barriers, at.stage == 0 ? p.stages - 1 : at.stage - 1, lane);
+    // The compiler does not know that only now the sums are there: where paths part behind the loop it copied them
+    // before the wait, without the last MMAs.
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < C::kSums; ++i) cute::warpgroup_fence_operand(sums.v[r][i]);
+    release(empty_barriers, previous, lane);
   }
 
   // ---- sums
@@ -562,23 +584,53 @@ class Kernel {
   // A CTA of a part of K stores every cluster-th 16 tokens.
   __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster == part; }
 
-  // Adds the sums of all parts of K, for the tokens that this CTA stores. They lie in the ring, as lanes hold them.
-  __device__ __forceinline__ void add_parts(int warpgroup, Sums& sums) const {
-    constexpr int kQuads = C::kSums / 4;  // of 8 tokens
-    const int threads = p.slabs_per_cta / C::kRowTiles * kWarpgroupThreads;
-    sync_warps(kSumsBarrier, threads);  // the other warpgroups may still read the ring
-    const uint32_t mine =
-        shared + p.ring_at +
-        (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+  static constexpr int kQuads = C::kSums / 4;  // of 8 tokens, of a lane and slab
+
+  // Where a warpgroup leaves its sums: in the ring, as its lanes hold them.
+  __device__ __forceinline__ uint32_t sums_at(int warpgroup) const {
+    return shared + p.ring_at +
+           (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
+  }
+
+  __device__ __forceinline__ static void leave_sums(uint32_t to, const Sums& sums) {
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const float* v = sums.v[r] + 4 * q;
         store_shared_16(
-            mine + (r * kQuads + q) * kWarpgroupThreads * 16,
+            to + (r * kQuads + q) * kWarpgroupThreads * 16,
             make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
       }
+  }
+
+  // Adds the sums of the warpgroups along K, in their order, to those of the first one.
+  __device__ __forceinline__ void add_warpgroups(int row_warpgroup, int k_warpgroup, Sums& sums) const {
+    const int row_warpgroups = p.slabs_per_cta / C::kRowTiles;
+    if (k_warpgroup > 0) leave_sums(sums_at(k_warpgroup * row_warpgroups + row_warpgroup), sums);
+    sync_warps(kSumsBarrier, multiplying_threads());
+    if (k_warpgroup > 0) return;
+#pragma unroll 1
+    for (int source = 1; source < p.k_warpgroups; ++source) {
+      const uint32_t from = sums_at(source * row_warpgroups + row_warpgroup);
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const uint4 v = load_shared_16(from + (r * kQuads + q) * kWarpgroupThreads * 16);
+          float* to = sums.v[r] + 4 * q;
+          to[0] += __uint_as_float(v.x);
+          to[1] += __uint_as_float(v.y);
+          to[2] += __uint_as_float(v.z);
+          to[3] += __uint_as_float(v.w);
+        }
+    }
+  }
+
+  // Adds the sums of all parts of K, for the tokens that this CTA stores.
+  __device__ __forceinline__ void add_parts(int row_warpgroup, Sums& sums) const {
+    const uint32_t mine = sums_at(row_warpgroup);
+    leave_sums(mine, sums);
     cute::cluster_arrive();
     cute::cluster_wait();
 #pragma unroll 1

@@ -20,6 +20,7 @@ struct Params {
   // What a CTA does.
   int32_t cluster;                 // CTAs that own a tile, each a part of K
   int32_t slabs_per_cta;           // 64-row slabs
+  int32_t k_warpgroups;            // warpgroups that share a slab, each with every k_warpgroups-th chunk
   int32_t slabs;                   // of the weight
   int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds
   int32_t clusters;                // in the grid

@@ -34,7 +34,8 @@ double cost_of(const KernelTraits& kernel, const Split& split, const Params& p) 
                                    {256, 1, {332, 591}, {437, 650}}};
   const BlockTimes* times = kTimes;
   while (times->tokens != kernel.tokens || times->row_tiles != kernel.row_tiles) ++times;
-  const double block = (kernel.table ? times->codebooks : times->integers)[split.warpgroups - 1];
+  const int warpgroups = split.warpgroups * split.k_warpgroups;
+  const double block = (kernel.table ? times->codebooks : times->integers)[warpgroups - 1] / split.k_warpgroups;
   const double blocks = kernel.blocks * (p.part_chunks + (p.part_rest > 0 ? 1 : 0));
   const double sums = double(kernel.tokens) * p.slabs_per_cta;  // in units of 64 rows
   const double passes = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
@@ -42,7 +43,8 @@ double cost_of(const KernelTraits& kernel, const Split& split, const Params& p) 
   const double output = 1600 + 12.4 * sums;  // of a tile that another one follows
   const double exchange = p.cluster > 1 ? 1060 + 6.7 * sums : 0;
   const double scaling = kernel.table || kernel.fused ? 1 : kernel.fine ? 1.3 : 1.1;
-  return start + passes * (blocks * block * scaling + exchange) + (passes - 1) * output + 9.6 * sums;
+  const double add = (split.k_warpgroups - 1) * (200 + 1.5 * sums);
+  return start + add + passes * (blocks * block * scaling + exchange) + (passes - 1) * output + 9.6 * sums;
 }
 
 }  // namespace
@@ -52,10 +54,12 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const Weight& w = problem.weight;
   Params& p = *params;
   const int chunks = static_cast<int>(layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks));
-  if (split.warpgroups > kernel.warpgroups || split.cluster > chunks || split.cluster > kMaxCluster) return false;
+  if (split.warpgroups * split.k_warpgroups > kernel.warpgroups || split.cluster > kMaxCluster) return false;
+  if (split.cluster * split.k_warpgroups > chunks) return false;
   if (device.active_clusters(split.cluster) == 0) return false;
   p.cluster = split.cluster;
   p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
+  p.k_warpgroups = split.k_warpgroups;
   p.slabs = static_cast<int32_t>(layout::slabs(w.n));
   p.part_chunks = chunks / split.cluster;
   p.part_rest = chunks % split.cluster;
@@ -64,6 +68,8 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const int64_t tiles = int64_t{p.row_tiles} * p.token_tiles;
   if (tiles > INT32_MAX) return false;
   p.clusters = static_cast<int32_t>(std::min<int64_t>(tiles, device.active_clusters(split.cluster)));
+  // Warpgroups along K leave their sums in the ring, where the next tile's chunks would come.
+  if (split.k_warpgroups > 1 && tiles > p.clusters) return false;
   p.scale_bytes = size_of(w.scale_type);
   p.zero_bytes = zero_size(w.zero_type, w.scale_type);
   const bool one_group = w.group_size >= w.k;
@@ -95,12 +101,13 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const uint32_t rest = output_bytes + kCodebookBytes + map_bytes + barrier_bytes;
   p.ring_at = kernel.pair_table ? kPairTableBytes : 0;
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - p.ring_at;
-  if (limit < rest + 2 * p.stage_bytes) return false;
+  if (limit < rest + std::max(2, split.k_warpgroups) * p.stage_bytes) return false;
   p.stages = static_cast<int32_t>(std::min<uint32_t>((limit - rest) / p.stage_bytes, kMaxStages));
   uint32_t at = p.ring_at + p.stages * p.stage_bytes;
   // Parts of K leave their sums in the ring.
-  if (split.cluster > 1)
-    at = std::max(at, p.ring_at + static_cast<uint32_t>(p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4));
+  const int sums = split.cluster > 1 || split.k_warpgroups > 1 ? split.k_warpgroups : 0;
+  const int sum_bytes = p.slabs_per_cta * layout::kBlockRows * kernel.tokens * 4;
+  at = std::max(at, p.ring_at + static_cast<uint32_t>(sums * sum_bytes));
   p.output_at = at = align(at, 128);
   at += output_bytes;
   p.codebook_at = at;
@@ -112,7 +119,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   if (at > static_cast<uint32_t>(device.shared_bytes)) return false;
   plan->split = split;
   plan->clusters = p.clusters;
-  plan->threads = (split.warpgroups + 1) * kWarpgroupThreads;
+  plan->threads = (split.warpgroups * split.k_warpgroups + 1) * kWarpgroupThreads;
   plan->shared_bytes = static_cast<int>(at);
   plan->tile_tokens = kernel.tokens;
   plan->chunk_blocks = kernel.blocks;
@@ -129,16 +136,19 @@ const Compiled* search(const GemmProblem& problem, const Candidates& candidates,
   for (int i = 0; i < candidates.count; ++i) {
     const Compiled& kernel = candidates.kernels[i];
     for (int warpgroups = 1; warpgroups <= kernel.traits.warpgroups; ++warpgroups) {
-      for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
-        Params p = start;
-        Plan candidate;
-        if (!plan_split(problem, kernel.traits, device, {warpgroups, cluster}, &p, &candidate)) continue;
-        const double cost = cost_of(kernel.traits, candidate.split, p);
-        if (best != nullptr && cost >= best_cost) continue;
-        best = &kernel;
-        best_cost = cost;
-        *params = p;
-        *plan = candidate;
+      for (int k_warpgroups = 1; warpgroups * k_warpgroups <= kernel.traits.warpgroups; ++k_warpgroups) {
+        for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+          Params p = start;
+          Plan candidate;
+          const Split split{warpgroups, k_warpgroups, cluster};
+          if (!plan_split(problem, kernel.traits, device, split, &p, &candidate)) continue;
+          const double cost = cost_of(kernel.traits, split, p);
+          if (best != nullptr && cost >= best_cost) continue;
+          best = &kernel;
+          best_cost = cost;
+          *params = p;
+          *plan = candidate;
+        }
       }
     }
   }

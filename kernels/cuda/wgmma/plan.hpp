@@ -33,8 +33,9 @@ struct Candidates {
 
 // The choice that can be made for a shape; the rest follows.
 struct Split {
-  int warpgroups;  // that multiply, of a CTA
-  int cluster;     // CTAs that own a tile, each a part of K
+  int warpgroups;    // of a CTA that multiply, along the rows
+  int k_warpgroups;  // along K
+  int cluster;       // CTAs that own a tile, each a part of K
 };
 
 struct Plan {
