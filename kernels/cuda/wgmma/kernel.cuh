@@ -53,10 +53,12 @@ struct Config {
   static constexpr int kWarpgroups = kWarpgroups_;        // that multiply, at most
   static constexpr int kBlocks = kTokens <= 128 ? 2 : 1;  // of a chunk: with 256 tokens x takes 32 KB a block
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+  // Warpgroups may share a slab along K. With two slabs a warpgroup, sums do not stay in registers on the way.
+  static constexpr bool kSplitsK = kRowTiles == 1;
   static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
   // Of 64 K registers: what the launch gives every thread is dealt again.
-  static constexpr int kCopyRegisters = kWarpgroups == 2 ? 40 : 56;
-  static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 104;
+  static constexpr int kCopyRegisters = 56;
+  static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 224 : kWarpgroups == 3 ? 152 : 104;
   static constexpr int kSums = kTokens / 2;  // of a lane and slab
   // k16 steps whose MMAs are one group: a block where registers alternate between two sets of operands, else half of
   // it.
@@ -322,33 +324,21 @@ class Kernel {
     using Resolver = ScaleResolver<Codes, kType>;
     const Resolver resolver(p, shared);
     const int shares = p.slabs_per_cta * p.groups_in_chunk * Resolver::kShares;
-    constexpr int kAhead = 2;  // shares of a thread whose second-level scales are requested a chunk ahead
     RingPosition at;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
       const int first_row = first_slab(tile_at(index)) * layout::kBlockRows;
-      typename Resolver::SecondLevel next[kAhead]{}, second[kAhead];
-      const auto load_next = [&](int chunk) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int share = thread + i * kResolveThreads;
-          if (share < shares && chunk < chunks) resolver.load_second_level(first_row, chunk0 + chunk, share, next[i]);
-        }
-      };
-      load_next(0);
+      typename Resolver::SecondLevel next{};
+      if (thread < shares) resolver.load_second_level(first_row, chunk0, thread, next);
       for (int chunk = 0; chunk < chunks; ++chunk, at.advance(p.stages)) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) second[i] = next[i];
-        load_next(chunk + 1);
+        auto second = next;
+        if (thread < shares && chunk + 1 < chunks) {
+          resolver.load_second_level(first_row, chunk0 + chunk + 1, thread, next);
+        }
         Barrier::wait(full + at.stage, at.phase);
         const uint32_t stage = shared + p.ring_at + at.stage * p.stage_bytes;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int share = thread + i * kResolveThreads;
-          if (share < shares) resolver.resolve(stage, share, second[i]);
-        }
-        for (int share = thread + kAhead * kResolveThreads; share < shares; share += kResolveThreads) {
-          resolver.load_second_level(first_row, chunk0 + chunk, share, second[0]);
-          resolver.resolve(stage, share, second[0]);
+        for (int share = thread; share < shares; share += kResolveThreads) {
+          if (share != thread) resolver.load_second_level(first_row, chunk0 + chunk, share, second);
+          resolver.resolve(stage, share, second);
         }
         __syncwarp();
         if (thread % 32 == 0) Barrier::arrive(resolved + at.stage);
@@ -368,8 +358,11 @@ class Kernel {
     const int lane = threadIdx.x % 32;
     const typename Codes::Table table = load_table();
     wait_for_previous_kernel();
-    const int row_warpgroups = p.slabs_per_cta / C::kRowTiles;
-    const int k_warpgroup = warpgroup / row_warpgroups, row_warpgroup = warpgroup % row_warpgroups;
+    int k_warpgroup = 0, row_warpgroup = warpgroup;
+    if constexpr (C::kSplitsK) {
+      k_warpgroup = warpgroup / p.slabs_per_cta;
+      row_warpgroup = warpgroup % p.slabs_per_cta;
+    }
     RingPosition at;
     at.stage = k_warpgroup;
     for (int index = first_tile; index < tiles(); index += p.clusters) {
@@ -379,7 +372,9 @@ class Kernel {
       if (p.k_warpgroups > 1 || p.cluster > 1) {
         sync_warps(kSumsBarrier, multiplying_threads());  // nobody reads the ring any more
       }
-      if (p.k_warpgroups > 1) add_warpgroups(row_warpgroup, k_warpgroup, sums);
+      if constexpr (C::kSplitsK) {
+        if (p.k_warpgroups > 1) add_warpgroups(row_warpgroup, k_warpgroup, sums);
+      }
       if (k_warpgroup == 0) {
         finish_tile(tile, row_warpgroup, warp, lane, sums);
       } else {
@@ -606,13 +601,12 @@ class Kernel {
 
   // Adds the sums of the warpgroups along K, in their order, to those of the first one.
   __device__ __forceinline__ void add_warpgroups(int row_warpgroup, int k_warpgroup, Sums& sums) const {
-    const int row_warpgroups = p.slabs_per_cta / C::kRowTiles;
-    if (k_warpgroup > 0) leave_sums(sums_at(k_warpgroup * row_warpgroups + row_warpgroup), sums);
+    if (k_warpgroup > 0) leave_sums(sums_at(k_warpgroup * p.slabs_per_cta + row_warpgroup), sums);
     sync_warps(kSumsBarrier, multiplying_threads());
     if (k_warpgroup > 0) return;
 #pragma unroll 1
     for (int source = 1; source < p.k_warpgroups; ++source) {
-      const uint32_t from = sums_at(source * row_warpgroups + row_warpgroup);
+      const uint32_t from = sums_at(source * p.slabs_per_cta + row_warpgroup);
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll

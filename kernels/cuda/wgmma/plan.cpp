@@ -55,7 +55,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   Params& p = *params;
   const int chunks = static_cast<int>(layout::ceil_div(layout::blocks_along_k(w.k), kernel.blocks));
   if (split.warpgroups * split.k_warpgroups > kernel.warpgroups || split.cluster > kMaxCluster) return false;
-  if (split.cluster * split.k_warpgroups > chunks) return false;
+  if (split.cluster * split.k_warpgroups > chunks || (split.k_warpgroups > 1 && kernel.row_tiles > 1)) return false;
   if (device.active_clusters(split.cluster) == 0) return false;
   p.cluster = split.cluster;
   p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
