@@ -1,7 +1,8 @@
 // The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
-// Roles    One warp copies, one to four warpgroups decode and multiply. They meet at the ring: a stage is a chunk, one or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
+// Roles    One warp copies, one to four warpgroups decode and multiply. They meet at the ring: a stage is a chunk, one
+// or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
 //          scales and zeros of the CTA's 64-row slabs (TMA too: a map's rows are slabs, a box has all of the CTA's).
 // Scales   Three more warps make of scales of any type what decode multiplies with.
 // Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
@@ -430,7 +431,8 @@ class Kernel {
     twice[1] = __byte_perm(pair, 0, 0x3232);
   }
 
-  // `slab0`: the warpgroup's first slab in the CTA. It multiplies the chunks k_warpgroup, k_warpgroup + k_warpgroups, ...
+  // `slab0`: the warpgroup's first slab in the CTA. It multiplies the chunks k_warpgroup, k_warpgroup + k_warpgroups,
+  // ...
   __device__ __forceinline__ void multiply_tile(int slab0, int k_warpgroup, int warp, int lane,
                                                 const typename Codes::Table& table, RingPosition& at,
                                                 Sums& sums) const {
@@ -502,7 +504,7 @@ class Kernel {
     fetch_block(0);
     decode(0);
     int left = (chunks - k_warpgroup + p.k_warpgroups - 1) / p.k_warpgroups;  // at least one
-    int previous = 0;                                                        // stage
+    int previous = 0;                                                         // stage
     bool first = true;
 #pragma unroll 1
     do {

@@ -64,7 +64,8 @@ const char* gemm(const GemmProblem& problem) {
 template <template <class, Scaling, int> class Codes, class T>
 bool supports(const GemmProblem& problem) {
   constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFp16 : DType::kBf16;
-  return problem.dtype == kDType && problem.weight.is_codebook == Codes<T, Scaling::kPerBlock, 0>::kTable && fits(problem);
+  return problem.dtype == kDType && problem.weight.is_codebook == Codes<T, Scaling::kPerBlock, 0>::kTable &&
+         fits(problem);
 }
 
 template <template <class, Scaling, int> class Codes, class T>

@@ -17,34 +17,38 @@ int log2_of(int64_t power) {
   return log;
 }
 
-// A 64-k block of K in a CTA takes so many ns, for one to four multiplying warpgroups.
-struct BlockTimes {
-  int tokens, row_tiles;
-  double integers[4], codebooks[4];
+// A 64-k block of K in a CTA takes so many ns.
+struct BlockTime {
+  int tokens, row_tiles, warpgroups, k_warpgroups;
+  double integers, codebooks;
 };
 
-// What a launch takes, in ns. Fitted to 2,912 measured launches: every tile and split of int4 g64 and nf4, bf16, six
-// weights, M = 32..2048 (experiments/wgmma_tiles; H200, 2026-11-21). The choice by it was 0.5% slower than the best one
+// What a launch takes, in ns. Fitted to 3,814 measured launches: every tile and split of int4 g64 and nf4, bf16, six
+// weights, M = 32..1024 (experiments/wgmma_tiles; H200, 2026-11-21). The choice by it was 1.0% slower than the best one
 // on average, 14% at worst.
 double cost_of(const KernelTraits& kernel, const Split& split, const Params& p) {
-  constexpr BlockTimes kTimes[] = {{32, 1, {146, 192, 244, 311}, {172, 229, 299, 381}},
-                                   {64, 1, {156, 224, 286, 368}, {181, 268, 343, 458}},
-                                   {128, 1, {212, 308, 415}, {302, 478, 652}},
-                                   {128, 2, {356, 586}, {563, 923}},
-                                   {256, 1, {332, 591}, {437, 650}}};
-  const BlockTimes* times = kTimes;
-  while (times->tokens != kernel.tokens || times->row_tiles != kernel.row_tiles) ++times;
-  const int warpgroups = split.warpgroups * split.k_warpgroups;
-  const double block = (kernel.table ? times->codebooks : times->integers)[warpgroups - 1] / split.k_warpgroups;
+  constexpr BlockTime kTimes[] = {
+      {32, 1, 1, 1, 143, 184},  {32, 1, 1, 2, 145, 154},  {32, 1, 1, 3, 149, 159},  {32, 1, 1, 4, 152, 157},
+      {32, 1, 2, 1, 193, 238},  {32, 1, 2, 2, 186, 207},  {32, 1, 3, 1, 245, 308},  {32, 1, 4, 1, 319, 394},
+      {64, 1, 1, 1, 154, 175},  {64, 1, 1, 2, 151, 157},  {64, 1, 1, 3, 154, 164},  {64, 1, 1, 4, 157, 185},
+      {64, 1, 2, 1, 224, 259},  {64, 1, 2, 2, 213, 252},  {64, 1, 3, 1, 288, 341},  {64, 1, 4, 1, 368, 456},
+      {128, 1, 1, 1, 215, 304}, {128, 1, 1, 2, 228, 293}, {128, 1, 1, 3, 293, 369}, {128, 1, 2, 1, 316, 456},
+      {128, 1, 3, 1, 423, 628}, {128, 2, 1, 1, 363, 571}, {128, 2, 2, 1, 597, 905}, {256, 1, 1, 1, 329, 416},
+      {256, 1, 1, 2, 494, 529}, {256, 1, 2, 1, 582, 627}};
+  const BlockTime* time = kTimes;
+  while (time->tokens != kernel.tokens || time->row_tiles != kernel.row_tiles || time->warpgroups != split.warpgroups ||
+         time->k_warpgroups != split.k_warpgroups) {
+    ++time;
+  }
+  const double scaling = kernel.table || kernel.fused ? 1 : kernel.fine ? 1.3 : 1.03;
+  const double block = (kernel.table ? time->codebooks : time->integers) * scaling;
   const double blocks = kernel.blocks * (p.part_chunks + (p.part_rest > 0 ? 1 : 0));
   const double sums = double(kernel.tokens) * p.slabs_per_cta;  // in units of 64 rows
   const double passes = static_cast<double>(layout::ceil_div(int64_t{p.row_tiles} * p.token_tiles, p.clusters));
-  const double start = kernel.table ? 3300 : 3050;
-  const double output = 1600 + 12.4 * sums;  // of a tile that another one follows
-  const double exchange = p.cluster > 1 ? 1060 + 6.7 * sums : 0;
-  const double scaling = kernel.table || kernel.fused ? 1 : kernel.fine ? 1.3 : 1.1;
-  const double add = (split.k_warpgroups - 1) * (200 + 1.5 * sums);
-  return start + add + passes * (blocks * block * scaling + exchange) + (passes - 1) * output + 9.6 * sums;
+  const double output = 2010 + 12.4 * sums;  // of a tile that another one follows
+  const double exchange = p.cluster > 1 ? 690 + 7.4 * sums : 0;
+  const double warpgroup_sums = (split.k_warpgroups - 1) * 0.9 * sums;
+  return 3500 + passes * (blocks * block + exchange) + (passes - 1) * output + 9 * sums + warpgroup_sums;
 }
 
 }  // namespace
