@@ -17,10 +17,11 @@ import torch
 
 from ..bench.format_spec import FormatSpec
 from ..bench.problem import DTYPES
+from ..bench.rows import INCORRECT
 from ..bench.shapes_file import read_shapes
 from ..formats import FORMATS, ScaleType
 from ..profiler.models import CONFIGS
-from ..profiler.rows import FAILED, INCORRECT, ProfileRow, open_profile
+from ..profiler.rows import FAILED, ProfileRow, open_profile
 from .extras import require_bench
 from .output import print_table, progress
 from .params import CommaList, Format, IntRanges, flatten
