@@ -70,18 +70,19 @@ COLUMNS = [field.name for field in fields(Row)]
 class RowWriter(Protocol):
     """What :func:`csv_writer` gives."""
 
-    def __call__(self, row: Row) -> None: ...
+    def __call__(self, row: Environment) -> None: ...
 
 
 @contextmanager
-def csv_writer(path: Path) -> Iterator[RowWriter]:
-    """Writes rows to ``path``, each one to the disk at once, so that an interrupted run keeps what it measured."""
+def csv_writer(path: Path, row_type: type[Environment] = Row) -> Iterator[RowWriter]:
+    """Writes rows of ``row_type``, a dataclass, to ``path``, each one to the disk at once, so that an interrupted run
+    keeps what it measured."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(row_type)])
         writer.writeheader()
         file.flush()
 
-        def write(row: Row) -> None:
+        def write(row: Environment) -> None:
             writer.writerow(asdict(row))
             file.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -12,7 +13,8 @@ from ..bench.format_spec import FormatSpec, parse_format_spec
 from ..bench.problem import DTYPES, Problem
 from ..bench.providers import DEFAULT_NAMES, NAMES
 from ..bench.shapes_file import read_shapes
-from .params import CommaList, Format, Shape, flatten
+from ..profiler.models import CONFIGS
+from .params import CommaList, Format, ModelVariant, Shape, flatten
 
 _SHAPES = [(4096, 4096)]
 _TOKENS = {"cpu": [1, 4, 16, 64, 256], "cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
@@ -20,6 +22,11 @@ _FORMATS = {"cpu": ("nf4", "nf4-nested", "int4"), "cuda": ("nf4", "nf4-nested", 
 # Options that decide the device if --device does not.
 _CPU_ONLY = ("threads", "seconds", "overhead")
 _GPU_ONLY = ("provider_names", "instances", "pdl", "do_bench", "sites", "libraries", "plot_path")
+_MODEL_ONLY = ("batch_lists", "input_tokens", "output_tokens", "variant_lists", "mode_lists", "model_code", "layers",
+               "verify")  # fmt: skip
+_MODELS = [name for name, config in CONFIGS.items() if config.gated]
+_MODES = ("eager", "graph", "compile", "compile-graph")
+_BATCHES = [1, 4, 16, 64]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -55,6 +62,25 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path),
               help="GPU: draw the rows into this file (.png, .svg, .pdf).")  # fmt: skip
 @click.option("--from-csv", type=_FILE, help="Measure nothing; print and plot the rows of this file of --csv.")
+@click.option("--model", type=click.Choice(_MODELS, case_sensitive=False),
+              help="Time a whole model with random weights instead of single GEMMs.")  # fmt: skip
+@click.option("--batch", "batch_lists", type=CommaList(click.IntRange(min=1)), multiple=True,
+              help="Model: sequences; repeatable. Default: 1, 4, 16, 64.")  # fmt: skip
+@click.option("--input", "input_tokens", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Model: tokens of a prompt.")  # fmt: skip
+@click.option("--output", "output_tokens", type=click.IntRange(min=2), default=128, show_default=True,
+              help="Model: tokens that follow.")  # fmt: skip
+@click.option("--variants", "variant_lists", type=CommaList(ModelVariant()), multiple=True, metavar="NAME[,...]",
+              help="Model: whose linear layers: bf16, a format, or a peer's name; repeatable. "
+              "Default: bf16, bnb_nf4, nf4, int4-g128.")  # fmt: skip
+@click.option("--modes", "mode_lists", type=CommaList(click.Choice(_MODES)), multiple=True, metavar="NAME[,...]",
+              help=f"Model: {', '.join(_MODES)}; repeatable. Default: all.")  # fmt: skip
+@click.option("--model-code", type=click.Choice(["transformers", "plain"]),
+              help="Model: transformers' Llama (default, if it can be imported), or one in plain torch with joined "
+              "projections.")  # fmt: skip
+@click.option("--layers", type=click.IntRange(min=1), help="Model: so many blocks instead of the model's.")
+@click.option("--verify/--no-verify", default=True, show_default=True,
+              help="Model: compare the logits with those of the dequantized weights.")  # fmt: skip
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -78,6 +104,15 @@ def bench(
     libraries: tuple[Path, ...],
     plot_path: Path | None,
     from_csv: Path | None,
+    model: str | None,
+    batch_lists: tuple[tuple[int, ...], ...],
+    input_tokens: int,
+    output_tokens: int,
+    variant_lists: tuple[tuple[Any, ...], ...],
+    mode_lists: tuple[tuple[str, ...], ...],
+    model_code: str | None,
+    layers: int | None,
+    verify: bool,
 ) -> None:
     """Time y = x @ W^T.
 
@@ -88,6 +123,9 @@ def bench(
     other libraries where they are installed, and the time that only reading the weight takes (the floor). Every y
     of pyquant's is checked; exit code 1 if one is incorrect. docs/performance.md says what the columns mean.
 
+    A whole model (--model): time of a prefill and of an output token, eager, in CUDA graphs and compiled, and where
+    that time goes; exit code 3 without a GPU. docs/benchmarking.md.
+
     \b
     Examples:
       pyquant bench
@@ -95,11 +133,37 @@ def bench(
       pyquant bench --overhead
       pyquant bench --device cuda --shape 4096x4096,8192x8192 --m 1,2,4,8,16 --csv h200.csv --plot h200.png
       pyquant bench --from-csv h200.csv --plot h200.png
+      pyquant bench --model llama-3.1-8b --batch 1,4,16,64 --input 128 --output 128 --csv model.csv
     """
     if from_csv:
         _only(ctx, "from_csv", ("plot_path", "as_json"))
         _print_file(from_csv, plot_path, as_json)
         return
+    if model:
+        _only(ctx, "model", (*_MODEL_ONLY, "device", "csv_path", "as_json", "sites", "libraries"))
+        from ..bench.model.variants import DEFAULT, parse_variant
+        from .bench_gpu import add_peers
+        from .bench_model import run_model
+
+        _require_folder_of(ctx, csv_path)
+        add_peers(sites, libraries)
+        run_model(
+            model.lower(),
+            device=device or "cuda",
+            variants=flatten(variant_lists) or [parse_variant(name) for name in DEFAULT],
+            batches=flatten(batch_lists) or _BATCHES,
+            modes=flatten(mode_lists),
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            code=model_code,
+            layers=layers,
+            verify=verify,
+            csv_path=csv_path,
+            as_json=as_json,
+        )
+        return
+    if of_model := _given(ctx, _MODEL_ONLY):
+        raise click.UsageError(f"{of_model[0]} needs --model", ctx)
     device = _device(ctx, device)
     if overhead:
         from .bench_cpu import run_overhead
@@ -111,8 +175,7 @@ def bench(
     shapes = list(dict.fromkeys([*flatten(shape_lists), *shapes])) or _SHAPES
     tokens = flatten(token_lists) or file_tokens or _TOKENS[device]
     formats = flatten(format_lists) or [parse_format_spec(text) for text in _FORMATS[device]]
-    if csv_path and not csv_path.absolute().parent.is_dir():
-        raise click.BadParameter(f"{csv_path.parent}: expected a folder", ctx, param_hint="--csv")
+    _require_folder_of(ctx, csv_path)
     if device == "cpu":
         from .bench_cpu import run_cpu
 
@@ -136,6 +199,11 @@ def bench(
         raise click.ClickException(f"--instances: {error}") from error
     plan = Plan(shapes, tokens, DTYPES[dtype], providers, cold=not hot, do_bench=do_bench)
     run_gpu(plan, csv_path=csv_path, plot_path=plot_path, as_json=as_json)
+
+
+def _require_folder_of(ctx: click.Context, csv_path: Path | None) -> None:
+    if csv_path and not csv_path.absolute().parent.is_dir():
+        raise click.BadParameter(f"{csv_path.parent}: expected a folder", ctx, param_hint="--csv")
 
 
 def _print_file(path: Path, plot_path: Path | None, as_json: bool) -> None:

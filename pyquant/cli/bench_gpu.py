@@ -15,9 +15,8 @@ from ..bench.environment import read_environment
 from ..bench.gpu import BrokenDevice, Plan, Skip, measure
 from ..bench.plot import plot
 from ..bench.rows import INCORRECT, Row, csv_writer
+from .exits import INTERRUPTED
 from .output import print_json, print_table, progress
-
-_INTERRUPTED = 130  # as shells report SIGINT
 
 
 def add_peers(sites: Sequence[Path], libraries: Sequence[Path]) -> None:
@@ -56,7 +55,7 @@ def run_gpu(plan: Plan, *, csv_path: Path | None, plot_path: Path | None, as_jso
     report(rows, plot_path=plot_path, as_json=as_json)
     if interrupted:
         click.echo(f"interrupted: {len(rows)} of {plan.cells} cells were measured", err=True)
-        raise click.exceptions.Exit(_INTERRUPTED)
+        raise click.exceptions.Exit(INTERRUPTED)
     if broken:
         raise click.ClickException(str(broken))
     if not rows:
