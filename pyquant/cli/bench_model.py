@@ -139,13 +139,15 @@ def _print_batch(rows: Sequence[ModelRow]) -> None:
         lines = [[v, *(_cell(cells.get((v, mode)), column, faster) for mode in modes)] for v in variants]
         print_table(title, ("linear layers", *modes), lines)
     profiled = [row for row in rows if row.linear_ms is not None]
-    lines = [
-        [f"{r.variant}, {r.mode}", *(f"{getattr(r, f'{part}_ms'):.3f}" for part in PARTS), "" if r.gaps_ms is None else f"{r.gaps_ms:.3f}",
-         f"{r.tpot_ms:.3f}"] for r in profiled
-    ]  # fmt: skip
+    columns = [*(f"{part}_ms" for part in PARTS), "gaps_ms", "tpot_ms"]
+    lines = [[f"{row.variant}, {row.mode}", *(_ms(getattr(row, column)) for column in columns)] for row in profiled]
     if lines:
-        columns = ("", *(_HEADINGS[part] for part in PARTS), "gaps", "token")
-        print_table(f"{where}: where a token's time goes, ms", columns, lines)
+        headings = ("", *(_HEADINGS[part] for part in PARTS), "gaps", "token")
+        print_table(f"{where}: where a token's time goes, ms", headings, lines)
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _cell(row: ModelRow | None, column: str, faster: str) -> str:

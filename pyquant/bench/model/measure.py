@@ -105,34 +105,31 @@ def _measure_variant(
             **unknown,
             **asdict(environment),
         )
-        with torch.inference_mode():
+        try:
+            if plan.verify and variant.spec:
+                check, error = check_logits(decoder, batch, plan.device)
+                row = replace(row, check=check, error=error)
+            session = Session(decoder, batch, plan.input_tokens, plan.output_tokens, plan.device)
+            session.warm_up()
+        except Exception as error:  # whatever a library's kernels raise
+            reason = _reason(plan, variant, error)
+            yield from (replace(row, mode=mode, reason=reason) for mode in plan.modes)
+            continue
+        try:
+            parts = time_of_parts(session)
+        except RuntimeError as error:
+            parts = {}
+            yield Skip(f"{variant.label}, parts of a token", _reason(plan, variant, error), failed=False)
+        for mode in plan.modes:
             try:
-                if plan.verify and variant.spec:
-                    check, error = check_logits(decoder, batch, plan.device)
-                    row = replace(row, check=check, error=error)
-                session = Session(decoder, batch, plan.input_tokens, plan.output_tokens, plan.device)
-                session.warm_up()
-            except Exception as error:  # whatever a library's kernels and compilers raise
-                reason = _reason(plan, variant, error)
-                yield from (replace(row, mode=mode, reason=reason) for mode in plan.modes)
+                times = session.measure(mode)
+            except Exception as error:  # of compilers, too
+                yield replace(row, mode=mode, reason=_reason(plan, variant, error))
                 continue
-            try:
-                parts = time_of_parts(session)
-            except RuntimeError as error:
-                parts = {}
-                yield Skip(f"{variant.label}, parts of a token", _reason(plan, variant, error), failed=False)
-            for mode in plan.modes:
-                try:
-                    times = session.measure(mode)
-                except Exception as error:
-                    yield replace(row, mode=mode, reason=_reason(plan, variant, error))
-                    continue
-                yield _with_times(
-                    replace(row, mode=mode), times, parts if mode in _PROFILED else {}, baseline, plan.device == "cuda"
-                )
+            yield _with_times(plan, replace(row, mode=mode), times, parts if mode in _PROFILED else {}, baseline)
 
 
-def _with_times(row: ModelRow, times: Times, parts: dict[str, float], baseline: _Baseline, on_gpu: bool) -> ModelRow:
+def _with_times(plan: ModelPlan, row: ModelRow, times: Times, parts: dict[str, float], baseline: _Baseline) -> ModelRow:
     key = row.batch, row.mode
     if row.variant == BF16:
         baseline[key] = times
@@ -147,7 +144,7 @@ def _with_times(row: ModelRow, times: Times, parts: dict[str, float], baseline: 
         tokens_per_s=round(row.batch * 1e3 / times.tpot, 1),
         tpot_speedup=None if base is None else round(base.tpot / times.tpot, 3),
         prefill_speedup=None if base is None else round(base.prefill / times.prefill, 3),
-        gaps_ms=round(times.tpot - sum(parts.values()), 4) if parts and on_gpu else None,
+        gaps_ms=round(times.tpot - sum(parts.values()), 4) if parts and plan.device == "cuda" else None,
         **figures,  # type: ignore[arg-type]
     )
 

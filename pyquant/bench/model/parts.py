@@ -25,6 +25,7 @@ _STEPS = 3
 _LOST = 0.02  # of the kernels' time may be nobody's
 
 
+@torch.inference_mode()
 def time_of_parts(session: Session) -> dict[str, float]:
     """ms of a token in each of :data:`PARTS`: on a GPU the time of kernels, on the CPU that of operators.
 

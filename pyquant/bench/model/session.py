@@ -70,6 +70,7 @@ class Session:
         self.cache.reset()
         self.prefill()
 
+    @torch.inference_mode()
     def measure(self, mode: str) -> Times:
         """Time prefill and decoding in a mode of :data:`MODES`.
 
@@ -87,6 +88,7 @@ class Session:
                 prefill, step = self._captured(self.prefill), self._captured(self.step)
             return self._time(prefill, step)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run what must not run for the first time in a capture or a measurement."""
         stream = torch.cuda.Stream() if self.device == "cuda" else None

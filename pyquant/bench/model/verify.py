@@ -26,6 +26,7 @@ class _Dequantized(nn.Module):
         return F.linear(x.to(self.dtype), self.layer.weight.dequantize(self.dtype)).to(x.dtype)
 
 
+@torch.inference_mode()
 def check_logits(decoder: Decoder, batch: int, device: str) -> tuple[str, float]:
     """``passed`` or ``incorrect``, and the error of the logits: of a prompt of 8 tokens, and of a token behind it.
 
