@@ -72,9 +72,10 @@ def speedup_chart(sweep: pd.DataFrame, dtype: str, styles: Mapping[str, Style]) 
     for label, rows in _in_order(table, styles):
         hover = [f"M = {r.m}: {r.speedup:.2f}x, median of {r.shapes} shapes" for r in rows.itertuples()]
         lines.append(Line(label, rows["m"].tolist(), rows["speedup"].tolist(), hover, styles[label]))
-    shapes = sweep.loc[sweep["dtype"] == dtype, "shape"].nunique()
+    counts = sorted({int(count) for count in table["shapes"]})
+    shapes = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     title = f"Speedup over cuBLAS {dtype}, median over {shapes} shapes"
-    ticks = sorted(set(table["m"]))
+    ticks = _spaced(table["m"])
     reference = (1.0, f"cuBLAS {dtype}")
     return Chart(f"speedup_{dtype}", title, _M, "times as fast", lines, reference=reference, ticks=ticks)
 
@@ -91,7 +92,7 @@ def time_charts(sweep: pd.DataFrame, styles: Mapping[str, Style]) -> list[Chart]
         floor = mine["floor_us"].min()
         reference = None if floor != floor else (float(floor), "floor: only read the smallest weight")
         name = f"time_{dtype}_{shape.replace(' ', '')}"
-        ticks = sorted(set(table["m"]))
+        ticks = _spaced(table["m"])
         title = f"{shape}, {dtype}"
         charts.append(Chart(name, title, _M, "µs per call", lines, reference=reference, ticks=ticks))
     return charts
@@ -131,12 +132,21 @@ def roofline_chart(sweep: pd.DataFrame, dtype: str, styles: Mapping[str, Style])
         corner = limits.tflops / limits.tb_per_s
         xs = sorted({low, min(max(corner, low), high), high})
         bandwidth = f"{limits.tb_per_s:.2f} TB/s (floor kernel)"
-    subtitle = f"ceilings of the same run: {bandwidth}, {limits.tflops:.0f} TFLOP/s (cuBLAS, {limits.at})"
+    subtitle = f"measured ceilings: {bandwidth}, {limits.tflops:.0f} TFLOP/s (cuBLAS, {limits.at})"
     style = {"color": "#000000", "linestyle": "-", "linewidth": 1.6, "marker": "", "zorder": 1}
     roof = Line("measured ceilings", xs, [limits.tflops_at(x) for x in xs], [subtitle] * len(xs), style)
     title = f"Roofline, {dtype} (bytes: packed weight, x, y)"
     x_title = "operations per byte"
     return Chart(f"roofline_{dtype}", title, x_title, "TFLOP/s", [roof, *lines], subtitle=subtitle, joined=False)
+
+
+def _spaced(values: pd.Series) -> list[int]:
+    """Those that have room for a label on a logarithmic axis."""
+    spaced: list[int] = []
+    for m in sorted({int(value) for value in values}):
+        if not spaced or m > spaced[-1] * 2**0.3:
+            spaced.append(m)
+    return spaced
 
 
 def _in_order(table: pd.DataFrame, styles: Mapping[str, Style]) -> list[tuple[str, pd.DataFrame]]:

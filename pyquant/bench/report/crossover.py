@@ -42,13 +42,15 @@ def crossovers(sweep: pd.DataFrame) -> pd.DataFrame:
                 if known.empty:
                     continue
                 known = known.assign(ratio=known[column] / known["us"]).sort_values("m")
-                first, last = int(known["m"].min()), int(known["m"].max())
-                single = [crossover(list(zip(s["m"], s["ratio"], strict=True))) for _, s in known.groupby("shape")]
-                median = crossover(list(known.groupby("m")["ratio"].median().items()))
-                values = [_text(value, first, last) for value in (median, min(single), max(single))]
-                lines.append([dtype, label, name, *values, len(single)])
+                shapes = [list(zip(s["m"], s["ratio"], strict=True)) for _, s in known.groupby("shape")]
+                # Of those that never cross, the one that was measured furthest.
+                shapes.sort(key=lambda shape: (crossover(shape), shape[-1][0]))
+                median = list(known.groupby("m")["ratio"].median().items())
+                texts = [_text(speedups) for speedups in (median, shapes[0], shapes[-1])]
+                lines.append([dtype, label, name, *texts, len(shapes)])
     return pd.DataFrame(lines, columns=["x", "weights", "compared with", "median", "lowest", "highest", "shapes"])
 
 
-def _text(m: float, first: int, last: int) -> str:
-    return f"below {first}" if m == 0 else f"above {last}" if math.isinf(m) else f"{m:.0f}"
+def _text(speedups: Sequence[tuple[int, float]]) -> str:
+    m = crossover(speedups)
+    return f"below {speedups[0][0]}" if m == 0 else f"above {speedups[-1][0]}" if math.isinf(m) else f"{m:.0f}"

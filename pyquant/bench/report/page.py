@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,6 @@ class Page:
 
     def heatmaps(self, maps: Sequence[Heatmap]) -> None:
         """One plot; a menu switches between several maps."""
-        import math
-
         import plotly.graph_objects as go
 
         figure = go.Figure()
@@ -73,7 +72,7 @@ class Page:
             bar = {"title": each.value_title, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["0.25", "0.5", "1", "2", "4"]}
             figure.add_trace(
                 go.Heatmap(z=logs, x=list(each.columns), y=list(each.rows), text=text, texttemplate="%{text}", zmin=-2,
-                           zmax=2, colorscale="RdYlGn", colorbar=bar, visible=i == 0,
+                           zmax=2, colorscale="RdBu", colorbar=bar, visible=i == 0,
                            hovertemplate="%{y}, M = %{x}: %{text}x<extra></extra>")
             )  # fmt: skip
             axes = {"xaxis": {"title": {"text": each.x_title}, "type": "category"},
@@ -122,9 +121,13 @@ def _trace(line: Line, joined: bool) -> Any:
     style = line.style
     points = bool(style["marker"])
     mode = "lines" if not points else "lines+markers" if joined else "markers"
-    marker = {"symbol": _MARKERS[style["marker"]], "size": 8, "color": style["color"]} if points else None
-    if marker and style["marker"] in "x+1234|":
-        marker["line"] = {"width": 2, "color": style["color"]}
+    marker: dict[str, Any] | None = None
+    if points:
+        symbol = _MARKERS[style["marker"]]
+        hollow = style.get("markerfacecolor") == "white"
+        marker = {"symbol": f"{symbol}-open" if hollow else symbol, "size": 8, "color": style["color"]}
+        if hollow or symbol.endswith("-open"):
+            marker["line"] = {"width": 2, "color": style["color"]}
     return go.Scatter(
         x=list(line.x),
         y=list(line.y),
@@ -139,9 +142,18 @@ def _trace(line: Line, joined: bool) -> Any:
 
 
 def _layout(chart: Chart) -> dict[str, Any]:
-    x: dict[str, Any] = {"title": {"text": chart.x_title}, "type": "log"}
-    if chart.ticks:
-        x |= {"tickvals": list(chart.ticks), "ticktext": [str(tick) for tick in chart.ticks]}
-    y = {"title": {"text": chart.y_title}, "type": "log", "dtick": "D2"}
+    xs = chart.ticks or _log_ticks([x for line in chart.lines for x in line.x])
+    x = {"title": {"text": chart.x_title}, "tickangle": 0, **_log_axis(xs)}
+    y = {"title": {"text": chart.y_title}, **_log_axis(_log_ticks([y for line in chart.lines for y in line.y]))}
     title = {"text": chart.title, "subtitle": {"text": chart.subtitle}}
     return {"title": title, "xaxis": x, "yaxis": y}
+
+
+def _log_axis(ticks: Sequence[float]) -> dict[str, Any]:
+    return {"type": "log", "tickvals": list(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, ... around the values."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]

@@ -33,8 +33,7 @@ def draw_chart(chart: Chart, path: Path, note: str) -> None:
     panel.set_yscale("log")
     plain_log_ticks(panel.yaxis)
     if chart.ticks:
-        spaced = [m for i, m in enumerate(chart.ticks) if i == 0 or m > chart.ticks[i - 1] * 2**0.3]
-        panel.set_xticks(spaced, [str(m) for m in spaced])
+        panel.set_xticks(chart.ticks, [str(m) for m in chart.ticks])
         panel.xaxis.set_minor_locator(NullLocator())
     else:
         plain_log_ticks(panel.xaxis)
@@ -60,7 +59,7 @@ def draw_heatmaps(maps: Sequence[Heatmap], path: Path, note: str) -> None:
     panels = figure.subplots(bands, columns, squeeze=False).ravel()
     image: Any = None
     for panel, each in zip(panels, maps, strict=False):
-        image = panel.imshow(each.values, cmap="RdYlGn", norm=LogNorm(0.25, 4), aspect="auto")
+        image = panel.imshow(each.values, cmap="RdBu", norm=LogNorm(0.25, 4), aspect="auto")
         panel.set_xticks(range(len(each.columns)), each.columns, fontsize=8, rotation=45)
         panel.set_yticks(range(len(each.rows)), each.rows, fontsize=8)
         panel.set_xlabel(each.x_title)

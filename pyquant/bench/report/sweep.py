@@ -33,7 +33,8 @@ def sweep_of(rows: Sequence[Row]) -> pd.DataFrame:
     frame = pd.DataFrame([{**asdict(r), "label": r.label, "ours": r.ours} for r in rows if r.check != INCORRECT])
     keys = [*PROBLEM, "label", "ours", "provider", "format"]
     numbers = ["us", "weight_bytes", "tflops", "floor_us"]
-    frame = frame[keys + numbers].groupby(keys, as_index=False, sort=False).median(numeric_only=True)
+    frame = frame[keys + numbers].astype(dict.fromkeys(numbers, float))  # None, where there is no floor, is NaN
+    frame = frame.groupby(keys, as_index=False, sort=False).median()
     frame["shape"] = [f"{n} x {k}" for n, k in zip(frame["n"], frame["k"], strict=True)]
     dense = frame[frame["provider"].str.startswith(CUBLAS)]
     if dense.empty:

@@ -86,7 +86,8 @@ def _outliers(page: Page, sweep: pd.DataFrame) -> None:
         slow = found[found["worst"] > CAMPING]
         page.paragraph(
             f"{len(found)} times somebody ran a weight whose N is a power of two beside one of a similar N. "
-            f"{len(slow)} times a row of the weight took over {CAMPING:.0%} more time than a row of the neighbours, at some M."
+            f"{len(slow)} times a row of the weight took over {CAMPING:.0%} more time than a row of the neighbours, at "
+            "some M."
         )
         if not slow.empty:
             page.table(slow.head(_TABLE_ROWS).assign(worst=[f"{value:+.0%}" for value in slow["worst"][:_TABLE_ROWS]]))
