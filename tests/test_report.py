@@ -12,7 +12,7 @@ pd = pytest.importorskip("pandas")
 
 from test_bench import make_row, run, write_rows  # noqa: E402
 
-from pyquant.bench.report.charts import heatmaps, roofline_chart, speedup_chart, time_charts  # noqa: E402
+from pyquant.bench.report.charts import heatmaps, log_ticks, roofline_chart, speedup_chart, time_charts  # noqa: E402
 from pyquant.bench.report.crossover import crossover, crossovers  # noqa: E402
 from pyquant.bench.report.outliers import camping, slow_shapes, with_neighbours  # noqa: E402
 from pyquant.bench.report.roofline import ceilings, intensity  # noqa: E402
@@ -113,13 +113,26 @@ def test_ceilings_are_those_of_the_rows() -> None:
     limits = ceilings(sweep)
     assert limits.tb_per_s == pytest.approx(2 * 4096 * 4096 / 3.5 / 1e6)  # cuBLAS's bytes in the floor of make_row
     assert limits.tflops == pytest.approx(2 * 2048 * 4096 * 4096 / 40 / 1e6)
-    assert limits.at == "4096 x 4096, M = 2048"
+    assert limits.at == "1718 TFLOP/s, 4096 x 4096, M = 2048"
     assert limits.tflops_at(1) == pytest.approx(limits.tb_per_s)
     assert limits.tflops_at(1e6) == limits.tflops
     mine = sweep.assign(i=intensity(sweep)).set_index(["label", "m"])["i"]
     assert mine[("pyquant nf4", 64)] == pytest.approx(2 * 64 * 4096 * 4096 / (4096 * 4096 / 2 + 2 * 64 * 8192))
     without = sweep_of([row for r in rows for row in [make_row(**{**r.__dict__, "floor_us": None})]])
     assert ceilings(without).tb_per_s is None
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.3, 40], [0.5, 1, 2, 5, 10, 20]),
+        ([0.9, 4], [1, 2, 3, 4]),
+        ([0.7, 1.22], [0.7, 0.8, 0.9, 1, 1.1, 1.2]),
+        ([3.0], [2.9, 2.95, 3, 3.05, 3.1, 3.15]),
+    ],
+)
+def test_ticks_are_round_numbers(values: list[float], ticks: list[float]) -> None:
+    assert log_ticks(values) == pytest.approx(ticks)
 
 
 def test_charts_of_an_h200() -> None:
@@ -133,7 +146,11 @@ def test_charts_of_an_h200() -> None:
     assert len(time_charts(sweep, styles)) == 4
     roof = roofline_chart(sweep, "bf16", styles)
     assert roof.lines[0].label == "measured ceilings"
-    assert "TB/s (floor kernel)" in roof.subtitle
+    assert "floor kernel 4.37 TB/s; cuBLAS 801 TFLOP/s" in roof.subtitle
+    few = roofline_chart(sweep_of(read_csv(H200 / "fp32.csv")), "fp32", styles_of(read_csv(H200 / "fp32.csv")))
+    assert "cuBLAS at most 8 TFLOP/s" in few.subtitle, "up to 8 tokens it is no ceiling"
+    ceiling = few.lines[0]
+    assert ceiling.y[-1] / ceiling.x[-1] == pytest.approx(ceiling.y[0] / ceiling.x[0])
     first = heatmaps(sweep)[0]
     assert (len(first.rows), len(first.columns)) == (4, 8)
 

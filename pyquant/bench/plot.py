@@ -124,7 +124,7 @@ def _time_panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any
     if of_interest and max(r.us for r in rows) > 6 * max(of_interest):
         panel.set_ylim(top=6 * max(of_interest))
     panel.set_title(f"{rows[0].n} x {rows[0].k}, {rows[0].dtype}", loc="left", fontsize=10)
-    plain_log_ticks(panel.yaxis)
+    _plain_log_ticks(panel.yaxis)
     _finish(panel, rows)
 
 
@@ -154,7 +154,7 @@ def _finish(panel: Any, rows: Sequence[Row]) -> None:
         panel.spines[side].set_visible(False)
 
 
-def plain_log_ticks(axis: Any) -> None:
+def _plain_log_ticks(axis: Any) -> None:
     """1, 2, 5, 10, 20, ... in place of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

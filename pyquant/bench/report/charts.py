@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,21 @@ class Heatmap:
 
 
 _M = "M (tokens)"
+_FEWEST = 4  # ticks of an axis
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers around ``values`` for a logarithmic axis: 1, 2, 5, 10, ...; where too few of these are among the
+    values, numbers at equal distances."""
+    low, high = min(values) / 1.05, max(values) * 1.05
+    powers = range(math.floor(math.log10(low)) - 2, math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    steps = (digit * 10.0**power for power in reversed(powers) for digit in (5, 2, 1))
+    while len(inside) < _FEWEST:
+        step = next(steps)
+        inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return inside
 
 
 def speedup_chart(sweep: pd.DataFrame, dtype: str, styles: Mapping[str, Style]) -> Chart:
@@ -127,17 +143,18 @@ def roofline_chart(sweep: pd.DataFrame, dtype: str, styles: Mapping[str, Style])
         lines.append(Line(label, rows["intensity"].tolist(), rows["tflops"].tolist(), hover, styles[label]))
     low, high = float(table["intensity"].min()), float(table["intensity"].max())
     xs = [low, high]
-    bandwidth = "no floor was measured"
-    if limits.tb_per_s is not None:
-        corner = limits.tflops / limits.tb_per_s
-        xs = sorted({low, min(max(corner, low), high), high})
-        bandwidth = f"{limits.tb_per_s:.2f} TB/s (floor kernel)"
-    subtitle = f"measured ceilings: {bandwidth}, {limits.tflops:.0f} TFLOP/s (cuBLAS, {limits.at})"
-    style = {"color": "#000000", "linestyle": "-", "linewidth": 1.6, "marker": "", "zorder": 1}
-    roof = Line("measured ceilings", xs, [limits.tflops_at(x) for x in xs], [subtitle] * len(xs), style)
+    if limits.tb_per_s is not None and limits.tflops is not None:
+        xs.insert(1, min(max(limits.tflops / limits.tb_per_s, low), high))
+    bandwidth = "no floor" if limits.tb_per_s is None else f"floor kernel {limits.tb_per_s:.2f} TB/s"
+    compute = "cuBLAS at most" if limits.tflops is None else "cuBLAS"
+    subtitle = f"measured: {bandwidth}; {compute} {limits.at}"
+    if limits.tb_per_s is not None or limits.tflops is not None:
+        style = {"color": "#000000", "linestyle": "-", "linewidth": 1.6, "marker": "", "zorder": 1}
+        roof = [limits.tflops_at(x) for x in xs]
+        lines.insert(0, Line("measured ceilings", xs, roof, [subtitle] * len(xs), style))
     title = f"Roofline, {dtype} (bytes: packed weight, x, y)"
     x_title = "operations per byte"
-    return Chart(f"roofline_{dtype}", title, x_title, "TFLOP/s", [roof, *lines], subtitle=subtitle, joined=False)
+    return Chart(f"roofline_{dtype}", title, x_title, "TFLOP/s", lines, subtitle=subtitle, joined=False)
 
 
 def _spaced(values: pd.Series) -> list[int]:

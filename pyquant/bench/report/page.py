@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .charts import Chart, Heatmap, Line
+from .charts import Chart, Heatmap, Line, log_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,18 +142,12 @@ def _trace(line: Line, joined: bool) -> Any:
 
 
 def _layout(chart: Chart) -> dict[str, Any]:
-    xs = chart.ticks or _log_ticks([x for line in chart.lines for x in line.x])
+    xs = chart.ticks or log_ticks([x for line in chart.lines for x in line.x])
     x = {"title": {"text": chart.x_title}, "tickangle": 0, **_log_axis(xs)}
-    y = {"title": {"text": chart.y_title}, **_log_axis(_log_ticks([y for line in chart.lines for y in line.y]))}
+    y = {"title": {"text": chart.y_title}, **_log_axis(log_ticks([y for line in chart.lines for y in line.y]))}
     title = {"text": chart.title, "subtitle": {"text": chart.subtitle}}
     return {"title": title, "xaxis": x, "yaxis": y}
 
 
 def _log_axis(ticks: Sequence[float]) -> dict[str, Any]:
     return {"type": "log", "tickvals": list(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
-
-
-def _log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5, 10, ... around the values."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    return [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plot import plain_log_ticks
-from .charts import Chart, Heatmap
+from .charts import Chart, Heatmap, log_ticks
 
 _LEGEND_ROWS = 24
 _LEVELS = (0.25, 0.5, 1, 2, 4)  # of the colour bar
@@ -31,12 +30,12 @@ def draw_chart(chart: Chart, path: Path, note: str) -> None:
         panel.axhline(value, color="#888888", linewidth=1.2, linestyle=":", label=text)
     panel.set_xscale("log", base=2 if chart.ticks else 10)
     panel.set_yscale("log")
-    plain_log_ticks(panel.yaxis)
-    if chart.ticks:
-        panel.set_xticks(chart.ticks, [str(m) for m in chart.ticks])
-        panel.xaxis.set_minor_locator(NullLocator())
-    else:
-        plain_log_ticks(panel.xaxis)
+    xs = chart.ticks or log_ticks([x for line in chart.lines for x in line.x])
+    ys = log_ticks([y for line in chart.lines for y in line.y])
+    panel.set_xticks(xs, [f"{x:g}" for x in xs])
+    panel.set_yticks(ys, [f"{y:g}" for y in ys])
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_minor_locator(NullLocator())
     panel.set_xlabel(chart.x_title)
     panel.set_ylabel(chart.y_title)
     panel.grid(which="major", color="#dddddd", linewidth=0.7)
