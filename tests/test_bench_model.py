@@ -18,10 +18,10 @@ import pyquant
 from pyquant.bench.model import measure
 from pyquant.bench.model.decoder import Decoder
 from pyquant.bench.model.decoders import MODEL_CODES, PLAIN, build, choose_code
+from pyquant.bench.model.decoding import Decoding
 from pyquant.bench.model.parts import PARTS, time_of_parts
 from pyquant.bench.model.plain import PlainDecoder
 from pyquant.bench.model.rows import ModelRow
-from pyquant.bench.model.session import Session
 from pyquant.bench.model.variants import linears_of, parse_variant, weight_bytes
 from pyquant.bench.model.verify import check_logits
 from pyquant.cli import main
@@ -124,27 +124,29 @@ def test_modes_that_compile_do(decoder: Decoder) -> None:
 
     torch._dynamo.reset()
     counters.clear()
-    session = Session(decoder, 2, 6, 5, "cpu")
-    session.measure("eager")
+    decoding = Decoding(decoder.float(), 2, 6, 5, "cpu")
+    decoding.measure("eager")
+    expected = decoding.token.clone()
     assert counters["stats"]["unique_graphs"] == 0
-    session.measure("compile")
+    decoding.measure("compile")
     assert counters["stats"]["unique_graphs"] == 2, "of a prompt and of a token, for all layers"
     assert not counters["graph_break"]
+    assert torch.equal(decoding.token, expected), "the last of the tokens"
 
 
 def test_the_parts_of_a_token(plain: Decoder) -> None:
     parse_variant("nf4").apply(plain)
-    session = Session(plain, 1, 4, 4, "cpu")
-    parts = time_of_parts(session)
+    decoding = Decoding(plain, 1, 4, 4, "cpu")
+    parts = time_of_parts(decoding)
     assert list(parts) == list(PARTS)
     assert all(ms > 0 for ms in parts.values())
 
 
 def test_linear_layers_have_their_part(plain: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred times the work in them is found there."""
-    session = Session(plain, 1, 4, 4, "cpu")
-    session.warm_up()
-    before = time_of_parts(session)
+    decoding = Decoding(plain, 1, 4, 4, "cpu")
+    decoding.warm_up()
+    before = time_of_parts(decoding)
     forward = torch.nn.Linear.forward
 
     def slow(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,7 @@ def test_linear_layers_have_their_part(plain: Decoder, monkeypatch: pytest.Monke
         return y
 
     monkeypatch.setattr(torch.nn.Linear, "forward", slow)
-    after = time_of_parts(session)
+    after = time_of_parts(decoding)
     assert after["linear"] > 10 * before["linear"]
     assert after["lm_head"] > 10 * before["lm_head"]
     assert after["attention"] < 5 * before["attention"]
@@ -230,10 +232,10 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_fails_has_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Session, mode: str) -> Any:
+    def fail(self: Decoding, mode: str) -> Any:
         raise RuntimeError(f"{mode} is made up\nmore")
 
-    monkeypatch.setattr(Session, "measure", fail)
+    monkeypatch.setattr(Decoding, "measure", fail)
     path = tmp_path / "a.csv"
     options = (*CPU, "--batch", 1, "--model-code", "plain", "--csv", path)
     result = run(*options, "--variants", "nf4", "--modes", "eager,compile")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pyquant.bench.environment import Environment
+from pyquant.bench.model.decoding import MODES
 from pyquant.bench.model.rows import ModelRow
-from pyquant.bench.model.session import MODES
 from pyquant.bench.model.variants import NAMES
 from pyquant.profiler.models import CONFIGS
 

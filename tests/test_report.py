@@ -184,6 +184,22 @@ def test_names_in_the_page_are_text(tmp_path: Path) -> None:
     assert "<b>GPU</b>" not in (tmp_path / "index.html").read_text()
 
 
+def test_rows_are_kept_where_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    path = write_rows(tmp_path / "a.csv", [make_row()])
+    result = run("--from-csv", path, "--report", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "report: provider: expected rows of cublas" in result.stderr
+    assert read_csv(tmp_path / "out" / "rows.csv") == [make_row()]
+
+
+def test_cublas_must_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    result = run("--report", "out", "--provider", "pyquant")
+    assert result.exit_code == 2
+    assert "--report compares with cublas" in result.stderr
+
+
 def test_what_a_report_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "a.csv", [make_row()])
     monkeypatch.setitem(sys.modules, "plotly", None)

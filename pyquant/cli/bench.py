@@ -198,12 +198,15 @@ def bench(
         return
     from ..bench.gpu import Plan
     from ..bench.providers import Unavailable, select
+    from ..bench.report.sweep import CUBLAS
     from .bench_gpu import add_peers, run_gpu
 
     _require_plots(plot_path, report_path)
     add_peers(sites, libraries)
     names = flatten(provider_names) or list(DEFAULT_NAMES)
     names = list(NAMES) if "all" in names else names
+    if report_path and CUBLAS not in names:
+        raise click.UsageError(f"--report compares with {CUBLAS}: expected it in --provider", ctx)
     try:
         providers = select(names, formats, dtype, instances=instances, pdl=pdl)
     except Unavailable as error:

@@ -13,10 +13,10 @@ from .. import _library
 from ..bench.environment import read_cpu_environment, read_environment
 from ..bench.gpu import BrokenDevice, Skip
 from ..bench.model.decoders import PLAIN, choose_code
+from ..bench.model.decoding import MODES
 from ..bench.model.measure import ModelPlan, measure_model
 from ..bench.model.parts import PARTS
 from ..bench.model.rows import ModelRow
-from ..bench.model.session import MODES
 from ..bench.model.variants import Variant
 from ..bench.providers import Unavailable
 from ..bench.rows import INCORRECT, csv_writer

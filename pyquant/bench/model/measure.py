@@ -16,9 +16,9 @@ from ..gpu import BrokenDevice, Skip
 from ..providers import Unavailable
 from .decoder import Decoder
 from .decoders import build
+from .decoding import EAGER, GRAPH, Decoding, Times
 from .parts import PARTS, time_of_parts
 from .rows import ModelRow
-from .session import EAGER, GRAPH, Session, Times
 from .variants import BF16, Variant, weight_bytes
 from .verify import check_logits
 
@@ -109,20 +109,20 @@ def _measure_variant(
             if plan.verify and variant.spec:
                 check, error = check_logits(decoder, batch, plan.device)
                 row = replace(row, check=check, error=error)
-            session = Session(decoder, batch, plan.input_tokens, plan.output_tokens, plan.device)
-            session.warm_up()
+            decoding = Decoding(decoder, batch, plan.input_tokens, plan.output_tokens, plan.device)
+            decoding.warm_up()
         except Exception as error:  # whatever a library's kernels raise
             reason = _reason(plan, variant, error)
             yield from (replace(row, mode=mode, reason=reason) for mode in plan.modes)
             continue
         try:
-            parts = time_of_parts(session)
+            parts = time_of_parts(decoding)
         except RuntimeError as error:
             parts = {}
             yield Skip(f"{variant.label}, parts of a token", _reason(plan, variant, error), failed=False)
         for mode in plan.modes:
             try:
-                times = session.measure(mode)
+                times = decoding.measure(mode)
             except Exception as error:  # of compilers, too
                 yield replace(row, mode=mode, reason=_reason(plan, variant, error))
                 continue

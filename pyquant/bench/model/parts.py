@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .decoder import Decoder
-from .session import Session
+from .decoding import Decoding
 from .variants import linears_of
 
 LINEAR, LM_HEAD, ATTENTION, ELEMENTWISE = "linear", "lm_head", "attention", "elementwise"
@@ -26,7 +26,7 @@ _LOST = 0.02  # of the kernels' time may be nobody's
 
 
 @torch.inference_mode()
-def time_of_parts(session: Session) -> dict[str, float]:
+def time_of_parts(decoding: Decoding) -> dict[str, float]:
     """ms of a token in each of :data:`PARTS`: on a GPU the time of kernels, on the CPU that of operators.
 
     ``attention`` has the key and value cache; ``elementwise`` all that is no linear layer and no attention: norms,
@@ -35,13 +35,13 @@ def time_of_parts(session: Session) -> dict[str, float]:
     Raises:
         RuntimeError: on a GPU whose kernels the profiler does not see, or not who launched them.
     """
-    on_gpu = session.device == "cuda"
-    session.decoder.use_compiled(False)
+    on_gpu = decoding.device == "cuda"
+    decoding.decoder.use_compiled(False)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    session.restart()
-    with _ranges(session.decoder), profile(activities=activities, acc_events=True) as profiler:
+    decoding.restart()
+    with _ranges(decoding.decoder), profile(activities=activities, acc_events=True) as profiler:
         for _ in range(_STEPS):
-            session.step()
+            decoding.step()
         if on_gpu:
             torch.cuda.synchronize()
     sums, all_kernels = dict.fromkeys(PARTS, 0.0), 0.0

@@ -32,9 +32,13 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         ValueError: as :func:`~pyquant.bench.report.sweep.sweep_of`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "rows.csv"  # first: measuring again may take long
+    with csv_writer(table) as write:
+        for row in rows:
+            write(row)
     sweep = sweep_of(rows)
     styles = styles_of(rows)
-    folder.mkdir(parents=True, exist_ok=True)
     note = _note(rows)
     page = Page("y = x Wᵀ with packed weights: times against M", note)
     written = []
@@ -69,11 +73,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
         page.charts([chart])
         written.append(folder / f"{chart.name}.png")
         draw_chart(chart, written[-1], note)
-    index, table = folder / "index.html", folder / "rows.csv"
+    index = folder / "index.html"
     index.write_text(page.html(), encoding="utf-8")
-    with csv_writer(table) as write:
-        for row in rows:
-            write(row)
     return [index, *written, table]
 
 

@@ -39,7 +39,7 @@ class Times:
     prefill: float
 
 
-class Session:
+class Decoding:
     """A batch of sequences of one decoder.
 
     Args:
