@@ -11,6 +11,8 @@ import torch
 from click.core import ParameterSource
 
 from ..bench.format_spec import FormatSpec, parse_format_spec
+from ..bench.model.decoders import MODEL_CODES
+from ..bench.model.decoding import MODES
 from ..bench.problem import DTYPES, Problem
 from ..bench.providers import DEFAULT_NAMES, NAMES
 from ..bench.shapes_file import read_shapes
@@ -30,7 +32,6 @@ _GPU_ONLY = ("provider_names", "instances", "pdl", "do_bench", "sites", "librari
 _MODEL_ONLY = ("batch_lists", "input_tokens", "output_tokens", "variant_lists", "mode_lists", "model_code", "layers",
                "verify")  # fmt: skip
 _MODELS = [name for name, config in CONFIGS.items() if config.gated]
-_MODES = ("eager", "graph", "compile", "compile-graph")
 _BATCHES = [1, 4, 16, 64]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -82,9 +83,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--variants", "variant_lists", type=CommaList(ModelVariant()), multiple=True, metavar="NAME[,...]",
               help="Model: whose linear layers: bf16, a format, or a peer's name; repeatable. "
               "Default: bf16, bnb_nf4, nf4, int4-g128.")  # fmt: skip
-@click.option("--modes", "mode_lists", type=CommaList(click.Choice(_MODES)), multiple=True, metavar="NAME[,...]",
-              help=f"Model: {', '.join(_MODES)}; repeatable. Default: all.")  # fmt: skip
-@click.option("--model-code", type=click.Choice(["transformers", "plain"]),
+@click.option("--modes", "mode_lists", type=CommaList(click.Choice(MODES["cuda"])), multiple=True, metavar="NAME[,...]",
+              help=f"Model: {', '.join(MODES['cuda'])}; repeatable. Default: all.")  # fmt: skip
+@click.option("--model-code", type=click.Choice(MODEL_CODES),
               help="Model: transformers' Llama (default, if it can be imported), or one in plain torch with joined "
               "projections.")  # fmt: skip
 @click.option("--layers", type=click.IntRange(min=1), help="Model: so many blocks instead of the model's.")
