@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._library import has_cuda, instances, load_torch_ops
+from ._library import device_name, find_in_table, has_cuda, instances, load_torch_ops
 from .formats import NESTED_MAP_SIZE, ScaleType, ZeroType
 from .weight import PackedWeight, QuantizedWeight
 
@@ -71,13 +72,15 @@ def gemm(
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernel a call runs."""
+    """Which kernel a call runs, and who chose it."""
 
     instance: str  # a name of the instance list: <device>_<family>_<variant>
     dense: bool  # True: the instance dequantizes the weight into x's dtype, and torch's own GEMM follows
+    by_table: bool  # True: the device's dispatch table chose it; False: the rule of the dispatch
 
     def __str__(self) -> str:
-        return f"{self.instance}, then torch.nn.functional.linear" if self.dense else self.instance
+        then = ", then torch.nn.functional.linear" if self.dense else ""
+        return f"{self.instance}{then} (chosen by the {'table' if self.by_table else 'rule'})"
 
 
 def explain(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> Explanation:
@@ -88,7 +91,22 @@ def explain(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = N
     """
     tensors, integers = op_arguments(weight)
     row = instances()[torch.ops.pyquant.select_instance(x, *tensors, bias, *integers)]
-    return Explanation(row["name"], not row["is_gemm"])
+    # The dispatch asks the table first. If what the table names is what runs, the table chose it; if not, then because
+    # that instance does not take the problem.
+    return Explanation(row["name"], not row["is_gemm"], row["name"] == _table_choice(x, weight))
+
+
+def _table_choice(x: torch.Tensor, weight: PackedWeight) -> str | None:
+    """The instance that the table of x's device names for this call; None: it says nothing, or there is no table."""
+    from .tables.encoding import packed_encoding
+
+    m = x.numel() // max(1, weight.k)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        device = device_name(x.device.type)
+    query = (device, packed_encoding(weight), _DTYPES[x.dtype], weight.group_size, weight.n, weight.k, max(1, m))
+    found = find_in_table(*query)
+    # As select_instance: only calls on a GPU may end in a dense GEMM.
+    return None if found is None else found["instance" if x.is_cuda else "gemm"]
 
 
 def scale_data_of(weight: QuantizedWeight) -> torch.Tensor | None:

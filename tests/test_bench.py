@@ -372,7 +372,9 @@ def test_rows_compare_providers() -> None:
 @pytest.mark.parametrize("fault", ["incorrect", "nan"])
 def test_incorrect_rows_fail_the_run(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(click.exceptions.Exit) as stop:
-        bench_gpu.run_gpu(plan(Fake(fault)), csv_path=tmp_path / "a.csv", plot_path=None, as_json=False)
+        bench_gpu.run_gpu(
+            plan(Fake(fault)), csv_path=tmp_path / "a.csv", plot_path=None, report_path=None, as_json=False
+        )
     assert stop.value.exit_code == 1
     assert {row.check for row in read_csv(tmp_path / "a.csv")} == {"incorrect"}
     out = capsys.readouterr()
@@ -383,7 +385,9 @@ def test_incorrect_rows_fail_the_run(fault: str, tmp_path: Path, capsys: pytest.
 @pytest.mark.usefixtures("on_cpu")
 def test_interrupted_runs_keep_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(click.exceptions.Exit) as stop:
-        bench_gpu.run_gpu(plan(Fake("interrupt")), csv_path=tmp_path / "a.csv", plot_path=None, as_json=False)
+        bench_gpu.run_gpu(
+            plan(Fake("interrupt")), csv_path=tmp_path / "a.csv", plot_path=None, report_path=None, as_json=False
+        )
     assert stop.value.exit_code == 130
     assert [row.m for row in read_csv(tmp_path / "a.csv")] == [1, 2]
     out = capsys.readouterr()
@@ -394,16 +398,20 @@ def test_interrupted_runs_keep_their_rows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.usefixtures("on_cpu")
 def test_reasons_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     providers = (Cublas(FormatSpec("nf4"), "bf16"), Fake("unavailable"))
-    bench_gpu.run_gpu(plan(*providers), csv_path=None, plot_path=None, as_json=True)  # not available: not a failure
+    bench_gpu.run_gpu(
+        plan(*providers), csv_path=None, plot_path=None, report_path=None, as_json=True
+    )  # not available: not a failure
     out = capsys.readouterr()
     assert out.err == "pyquant: not available because it is made up\n"
     assert len(json.loads(out.out)) == 3
     with pytest.raises(click.exceptions.Exit) as stop:
-        bench_gpu.run_gpu(plan(providers[0], Fake("raise")), csv_path=None, plot_path=None, as_json=True)
+        bench_gpu.run_gpu(
+            plan(providers[0], Fake("raise")), csv_path=None, plot_path=None, report_path=None, as_json=True
+        )
     assert stop.value.exit_code == 1
     assert capsys.readouterr().err == "pyquant: failed: RuntimeError: gemm: something\n"
     with pytest.raises(Exception, match="nothing could be measured"):
-        bench_gpu.run_gpu(plan(Fake("unavailable")), csv_path=None, plot_path=None, as_json=True)
+        bench_gpu.run_gpu(plan(Fake("unavailable")), csv_path=None, plot_path=None, report_path=None, as_json=True)
 
 
 @pytest.mark.usefixtures("on_cpu")

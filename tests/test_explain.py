@@ -20,11 +20,13 @@ def test_names_the_kernel_of_a_call(m: int, family: str) -> None:
     assert explanation.instance in {row["name"] for row in _library.instances() if row["available"]}
     assert explanation.instance.startswith(f"cpu_{family}_")
     assert not explanation.dense
-    assert str(explanation) == explanation.instance
+    assert not explanation.by_table
+    assert str(explanation) == f"{explanation.instance} (chosen by the rule)"
 
 
 def test_a_dense_fallback_says_so() -> None:
-    assert str(pyquant.Explanation("cuda_dequant", dense=True)) == "cuda_dequant, then torch.nn.functional.linear"
+    explanation = pyquant.Explanation("cuda_dequant", dense=True, by_table=True)
+    assert str(explanation) == "cuda_dequant, then torch.nn.functional.linear (chosen by the table)"
 
 
 def test_refuses_what_the_call_would_refuse() -> None:

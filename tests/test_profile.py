@@ -360,7 +360,8 @@ def test_profile_build_load_on_a_gpu(launch: str, tmp_path: Path) -> None:
     before = pyquant.explain(x, weight)
     try:
         pyquant.load_table(path)
-        assert str(pyquant.explain(x, weight)) == "cuda_dequant, then torch.nn.functional.linear"
+        expected = "cuda_dequant, then torch.nn.functional.linear (chosen by the table)"
+        assert str(pyquant.explain(x, weight)) == expected
     finally:
         pyquant.load_table(None)
     assert pyquant.explain(x, weight) == before

@@ -122,8 +122,12 @@ def cpu_table(first: str, then: str, last: int = 4) -> Table:
     )
 
 
+def explanation(m: int, n: int = 64, k: int = 128) -> pyquant.Explanation:
+    return pyquant.explain(torch.randn(m, k), pyquant.quantize(torch.randn(n, k), "nf4").pack())
+
+
 def explain(m: int, n: int = 64, k: int = 128) -> str:
-    return pyquant.explain(torch.randn(m, k), pyquant.quantize(torch.randn(n, k), "nf4").pack()).instance
+    return explanation(m, n, k).instance
 
 
 def test_calls_use_the_table_of_the_cpu(tmp_path: Path) -> None:
@@ -137,6 +141,20 @@ def test_calls_use_the_table_of_the_cpu(tmp_path: Path) -> None:
     assert [explain(m) for m in (1, 4, 5, 100)] == [STREAM, STREAM, TILE, TILE]
     pyquant.load_table(None)
     assert (explain(1), explain(100)) == before
+
+
+def test_explain_says_who_chose(tmp_path: Path) -> None:
+    assert not explanation(1).by_table
+    pyquant.load_table(write(tmp_path / "t.json", cpu_table(explain(1), TILE)))  # what the rule takes at M = 1, too
+    assert explanation(1).by_table
+    assert explanation(100).by_table
+    assert not explanation(1, n=100, k=200).by_table, "groups that cross rows are not in the table"
+    pyquant.load_table(write(tmp_path / "t.json", cpu_table("cuda_stream_int4_bf16", DEQUANT)))
+    assert not explanation(1).by_table, "a choice that cannot run here"
+    content = cpu_table(STREAM, TILE)
+    dense = replace(content.entries[0], buckets=(bucket(1, None, DEQUANT, TILE),))
+    pyquant.load_table(write(tmp_path / "t.json", replace(content, entries=(dense,))))
+    assert explanation(1).by_table, "the GEMM beside a dense choice"
 
 
 def test_a_choice_that_cannot_run_here_leaves_the_rule(tmp_path: Path) -> None:
@@ -239,7 +257,7 @@ def test_the_environment_names_a_table(tmp_path: Path) -> None:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
     good = run(write(tmp_path / "t.json", cpu_table(TILE, STREAM)))
-    assert good.stdout.strip() == TILE, good.stderr
+    assert good.stdout.strip() == f"{TILE} (chosen by the table)", good.stderr
     (tmp_path / "bad.json").write_text("{\n\n]")
     bad = run(tmp_path / "bad.json")
     assert bad.returncode != 0

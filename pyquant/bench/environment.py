@@ -19,11 +19,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Environment:
-    """Columns that are equal in all rows of a run."""
+    """Columns that are equal in all rows of a run, the last ones of every CSV: rows inherit them."""
 
-    gpu: str
+    gpu: str  # the device: a GPU's name, or the CPU's model
     driver: str
-    sm_clock_mhz: int | None
+    sm_clock_mhz: int | None  # under load
     mem_clock_mhz: int | None
     torch: str
     cuda: str

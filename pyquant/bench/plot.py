@@ -33,7 +33,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys((r.n, r.k, r.dtype) for r in rows))
-    styles = _styles(rows)
+    styles = styles_of(rows)
     has_floor = any(r.floor_us is not None for r in rows)
     bands = math.ceil(len(shapes) / _MAX_COLUMNS)
     columns = math.ceil(len(shapes) / bands)
@@ -73,20 +73,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def styles_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """How each label is drawn: pyquant's first."""
     labels = list(dict.fromkeys(r.label for r in rows))
     ours = list(dict.fromkeys(r.label for r in rows if r.provider.startswith("pyquant")))
     others = [label for label in labels if label not in ours]
     styles: dict[str, dict[str, Any]] = {}
-    for i, label in enumerate(ours):
+    plain = list(dict.fromkeys(label.replace(" pdl ", " ") for label in ours))
+    for label in ours:
         dependent = " pdl " in label  # in the colour of its plain launch
-        base = ours.index(label.replace(" pdl ", " ")) if dependent and label.replace(" pdl ", " ") in ours else i
+        base = plain.index(label.replace(" pdl ", " "))
         styles[label] = {
             "color": _OUR_COLOURS[base % len(_OUR_COLOURS)],
             "marker": _OUR_MARKERS[base % len(_OUR_MARKERS)],
             "markerfacecolor": "white" if dependent else _OUR_COLOURS[base % len(_OUR_COLOURS)],
-            "linestyle": "--" if dependent or i >= len(_OUR_COLOURS) else "-",
+            "linestyle": "--" if dependent or base >= len(_OUR_COLOURS) else "-",
             "linewidth": 1.8 if dependent else 2.2,
             "markersize": 5,
             "zorder": 3,

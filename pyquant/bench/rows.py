@@ -9,16 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
+from .environment import Environment
+
 PASSED, INCORRECT = "passed", "incorrect"
 INSTANCE_PROVIDER = "pyquant instance"  # the provider of rows of one kernel instance, whatever the dispatch takes
 
 
 @dataclass(frozen=True)
-class Row:
-    """One provider on one problem; the fields are the CSV's columns, None and "" its empty cells.
-
-    Ratios are speedups: 2 means twice as fast as what is named.
-    """
+class _Figures:
+    """The columns of a row without those of its run."""
 
     m: int  # tokens
     n: int  # out_features
@@ -43,16 +42,14 @@ class Row:
     ratio_to_best_peer: float | None  # of pyquant's rows
     check: str  # passed, incorrect, or "" where there is nothing to compare with
     error: float | None  # norm of y - reference over the norm of the reference
-    gpu: str
-    driver: str
-    sm_clock_mhz: int | None  # under load
-    mem_clock_mhz: int | None
-    torch: str
-    cuda: str
-    pyquant: str
-    commit: str
-    date: str
-    command: str
+
+
+@dataclass(frozen=True)
+class Row(Environment, _Figures):
+    """One provider on one problem; the fields are the CSV's columns, None and "" its empty cells.
+
+    Ratios are speedups: 2 means twice as fast as what is named.
+    """
 
     @property
     def ours(self) -> bool:
@@ -73,18 +70,19 @@ COLUMNS = [field.name for field in fields(Row)]
 class RowWriter(Protocol):
     """What :func:`csv_writer` gives."""
 
-    def __call__(self, row: Row) -> None: ...
+    def __call__(self, row: Environment) -> None: ...
 
 
 @contextmanager
-def csv_writer(path: Path) -> Iterator[RowWriter]:
-    """Writes rows to ``path``, each one to the disk at once, so that an interrupted run keeps what it measured."""
+def csv_writer(path: Path, row_type: type[Environment] = Row) -> Iterator[RowWriter]:
+    """Writes rows of ``row_type``, a dataclass, to ``path``, each one to the disk at once, so that an interrupted run
+    keeps what it measured."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(row_type)])
         writer.writeheader()
         file.flush()
 
-        def write(row: Row) -> None:
+        def write(row: Environment) -> None:
             writer.writerow(asdict(row))
             file.flush()
 

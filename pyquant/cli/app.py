@@ -1,6 +1,6 @@
 """The command group and what all commands share: exit codes and error lines.
 
-Exit codes: 0 all well; 1 a check failed, or the data is bad; 2 wrong usage; 3 profile: no GPU.
+Exit codes: 0 all well; 1 a check failed, or the data is bad; 2 wrong usage; 3 profile, bench --model: no GPU.
 """
 
 from __future__ import annotations

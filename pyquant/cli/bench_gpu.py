@@ -15,9 +15,8 @@ from ..bench.environment import read_environment
 from ..bench.gpu import BrokenDevice, Plan, Skip, measure
 from ..bench.plot import plot
 from ..bench.rows import INCORRECT, Row, csv_writer
+from .exits import INTERRUPTED
 from .output import print_json, print_table, progress
-
-_INTERRUPTED = 130  # as shells report SIGINT
 
 
 def add_peers(sites: Sequence[Path], libraries: Sequence[Path]) -> None:
@@ -27,7 +26,9 @@ def add_peers(sites: Sequence[Path], libraries: Sequence[Path]) -> None:
         torch.ops.load_library(str(library))
 
 
-def run_gpu(plan: Plan, *, csv_path: Path | None, plot_path: Path | None, as_json: bool) -> None:
+def run_gpu(
+    plan: Plan, *, csv_path: Path | None, plot_path: Path | None, report_path: Path | None, as_json: bool
+) -> None:
     """Measure, write, print; what was measured before an interruption is kept.
 
     Raises:
@@ -53,10 +54,10 @@ def run_gpu(plan: Plan, *, csv_path: Path | None, plot_path: Path | None, as_jso
             broken = error
     for skip in skips:
         click.echo(f"{skip.label}: {'failed:' if skip.failed else 'not available because'} {skip.reason}", err=True)
-    report(rows, plot_path=plot_path, as_json=as_json)
+    report(rows, plot_path=plot_path, report_path=report_path, as_json=as_json)
     if interrupted:
         click.echo(f"interrupted: {len(rows)} of {plan.cells} cells were measured", err=True)
-        raise click.exceptions.Exit(_INTERRUPTED)
+        raise click.exceptions.Exit(INTERRUPTED)
     if broken:
         raise click.ClickException(str(broken))
     if not rows:
@@ -68,8 +69,8 @@ def run_gpu(plan: Plan, *, csv_path: Path | None, plot_path: Path | None, as_jso
         raise click.exceptions.Exit(1)
 
 
-def report(rows: Sequence[Row], *, plot_path: Path | None, as_json: bool) -> None:
-    """JSON, or a table for each shape; and the plot."""
+def report(rows: Sequence[Row], *, plot_path: Path | None, report_path: Path | None, as_json: bool) -> None:
+    """JSON, or a table for each shape; the plot; the report."""
     if as_json:
         print_json([asdict(row) for row in rows])
     else:
@@ -80,6 +81,11 @@ def report(rows: Sequence[Row], *, plot_path: Path | None, as_json: bool) -> Non
     if plot_path and rows:
         plot(rows, plot_path)
         click.echo(f"wrote {plot_path}", err=True)
+    if report_path and rows:
+        from ..bench.report.write import write_report
+
+        for path in write_report(rows, report_path):
+            click.echo(f"wrote {path}", err=True)
 
 
 def _print_shape(rows: Sequence[Row]) -> None:

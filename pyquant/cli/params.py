@@ -68,3 +68,17 @@ class IntRanges(click.ParamType):
             first, last, step = (*numbers, *(numbers[0], 1)[len(numbers) - 1 :])[:3]
             values.update(range(first, last + 1, step))
         return tuple(sorted(values))
+
+
+class ModelVariant(click.ParamType):
+    """Whose linear layers a model has: a name, or a format of pyquant's."""
+
+    name = "variant"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..bench.model.variants import parse_variant
+
+        try:
+            return parse_variant(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from ..bench.format_spec import FormatSpec
 from ..bench.problem import DTYPES
+from ..bench.rows import INCORRECT
 from ..bench.shapes_file import read_shapes
 from ..formats import FORMATS, ScaleType
 from ..profiler.models import CONFIGS
-from ..profiler.rows import FAILED, INCORRECT, ProfileRow, open_profile
+from ..profiler.rows import FAILED, ProfileRow, open_profile
+from .exits import INTERRUPTED, require_gpu
 from .extras import require_bench
 from .output import print_table, progress
 from .params import CommaList, Format, IntRanges, flatten
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from ..profiler.measure import Profiler
     from ..profiler.plan import Case
 
-NO_GPU = 3
-_INTERRUPTED = 130  # as shells report SIGINT
 _TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -95,10 +94,8 @@ def profile(
       pyquant profile --kernels 'stream_*' --m 1,16:128:16 --n 4096 --k 4096,14336 --formats nf4 --csv profile.csv
       pyquant profile --model llama-3.1-8b --csv profile.csv --append --budget 600
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        reason = "is built without CUDA" if torch.version.cuda is None else "finds none"
-        click.echo(f"Error: no NVIDIA GPU: this torch {reason}; --device cpu profiles the CPU", err=True)
-        raise click.exceptions.Exit(NO_GPU)
+    if device == "cuda":
+        require_gpu("--device cpu profiles the CPU")
     require_bench("pandas")  # before the measurement, not after
     from ..bench.gpu import BrokenDevice
     from ..profiler.measure import Profiler
@@ -127,7 +124,7 @@ def profile(
                 if file:
                     file.write(row)
         except KeyboardInterrupt:
-            run.end, run.exit_code = "interrupted", _INTERRUPTED
+            run.end, run.exit_code = "interrupted", INTERRUPTED
         except BrokenDevice as error:
             run.end, run.exit_code = str(error), 1
     run.report(len(todo), csv_path)

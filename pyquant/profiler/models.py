@@ -1,4 +1,4 @@
-"""The linear layers of public models, from their published configs."""
+"""The sizes of public models, from their published configs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a decoder's block.
+    """Sizes of a decoder.
 
     Attributes:
         hidden: width of the residual stream.
         heads: outputs of the query projection.
         kv_heads: outputs of the key projection, and of the value projection.
         intermediate: width of the MLP.
-        gated: whether the MLP has a gate beside its up projection.
+        layers: number of blocks.
+        vocab: number of tokens.
+        head_dim: width of an attention head.
+        gated: whether the MLP has a gate beside its up projection, as Llama's.
     """
 
     hidden: int
     heads: int
     kv_heads: int
     intermediate: int
+    layers: int
+    vocab: int
+    head_dim: int = 128
     gated: bool = True
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -32,12 +38,13 @@ class Config:
 
 
 CONFIGS = {
-    "llama-3.2-1b": Config(2048, 2048, 512, 8192),
-    "llama-3.2-3b": Config(3072, 3072, 1024, 8192),
-    "llama-3.1-8b": Config(4096, 4096, 1024, 14336),
-    "llama-3.1-70b": Config(8192, 8192, 1024, 28672),
-    "qwen2.5-32b": Config(5120, 5120, 1024, 27648),
-    "qwen2.5-72b": Config(8192, 8192, 1024, 29568),
-    "phi-3-mini": Config(3072, 3072, 3072, 8192),
-    "gpt-2": Config(768, 768, 768, 3072, gated=False),
+    "llama-3.2-1b": Config(2048, 2048, 512, 8192, 16, 128256, head_dim=64),
+    "llama-3.2-3b": Config(3072, 3072, 1024, 8192, 28, 128256),
+    "llama-3.1-8b": Config(4096, 4096, 1024, 14336, 32, 128256),
+    "llama-3.1-70b": Config(8192, 8192, 1024, 28672, 80, 128256),
+    "qwen2.5-32b": Config(5120, 5120, 1024, 27648, 64, 152064),
+    "qwen2.5-72b": Config(8192, 8192, 1024, 29568, 80, 152064),
+    "phi-3-mini": Config(3072, 3072, 3072, 8192, 32, 32064, head_dim=96),
+    "gpt-2": Config(768, 768, 768, 3072, 12, 50257, head_dim=64, gated=False),
+    "llama-tiny": Config(128, 128, 64, 256, 2, 512, head_dim=32),  # for tests
 }

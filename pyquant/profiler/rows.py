@@ -12,16 +12,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bench.environment import Environment
+
 if TYPE_CHECKING:
     import pandas as pd
 
-PASSED, INCORRECT, NOT_SUPPORTED, FAILED = "passed", "incorrect", "not supported", "failed"
+NOT_SUPPORTED, FAILED = "not supported", "failed"
 NOT_VERIFIED = "not verified"
 
 
 @dataclass(frozen=True)
-class ProfileRow:
-    """One instance on one problem; the fields are the CSV's columns, None its empty cells."""
+class _Figures:
+    """The columns of a row without those of its run."""
 
     m: int  # tokens
     n: int  # out_features
@@ -47,17 +49,15 @@ class ProfileRow:
     floor_fraction: float | None
     ratio_to_cublas: float | None  # 2: twice as fast as F.linear on the dequantized weight; GPU only
     error: float | None  # norm of y - reference over the norm of the reference
-    gpu: str  # the device: a GPU's name, or the CPU's model
     processors: int  # SMs; on a CPU threads
-    driver: str
-    sm_clock_mhz: int | None
-    mem_clock_mhz: int | None
-    torch: str
-    cuda: str
-    pyquant: str
-    commit: str
-    date: str
-    command: str  # measures this row again
+
+
+@dataclass(frozen=True)
+class ProfileRow(Environment, _Figures):
+    """One instance on one problem; the fields are the CSV's columns, None its empty cells.
+
+    ``command`` measures this row again.
+    """
 
 
 COLUMNS = [field.name for field in fields(ProfileRow)]

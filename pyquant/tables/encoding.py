@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..bench.format_spec import FormatSpec, parse_format_spec
-from ..formats import FORMATS, Encoding
+from ..formats import FORMATS, Encoding, Format, ScaleType
+from ..weight import PackedWeight
 
 _KINDS = {Encoding.SIGNED: "int", Encoding.UNSIGNED: "uint", Encoding.CODEBOOK: "codebook"}
 # cutlass_ext/table_reader.cpp accepts the same names.
@@ -14,8 +15,16 @@ def encoding_name(spec: FormatSpec, group_size: int, k: int) -> str:
     """``int4``, ``uint4``, ``codebook4-nested-flat``: kind and bits of the codes; whether absmax is nested; whether
     groups cross the ends of rows, which few kernels take."""
     fmt = FORMATS[spec.name]
-    flat = fmt.flat_blocks and k % group_size != 0
-    return f"{_KINDS[fmt.encoding]}{fmt.bits}{'-nested' if spec.nested else ''}{'-flat' if flat else ''}"
+    return _name(fmt, spec.nested, fmt.flat_blocks and k % group_size != 0)
+
+
+def packed_encoding(weight: PackedWeight) -> str:
+    """The same for a packed weight."""
+    return _name(weight.format, weight.scale_type is ScaleType.NESTED, weight.flat_scales)
+
+
+def _name(fmt: Format, nested: bool, flat: bool) -> str:
+    return f"{_KINDS[fmt.encoding]}{fmt.bits}{'-nested' if nested else ''}{'-flat' if flat else ''}"
 
 
 def encoding_of_format(text: str, group_size: int, k: int) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bench.environment import Environment
 from ..bench.rows import INCORRECT, INSTANCE_PROVIDER
 from .encoding import encoding_of_format
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 KEY = ["encoding", "dtype", "group_size", "n", "k"]
 _NUMBERS = ("m", "n", "k", "us")
 _REQUIRED = (*_NUMBERS, "format", "group_size", "dtype", "provider", "instance", "gpu")
-_PROVENANCE = ("driver", "sm_clock_mhz", "mem_clock_mhz", "torch", "cuda", "pyquant", "commit", "date")
+_PROVENANCE = [f.name for f in fields(Environment) if f.name not in ("gpu", "command")]
 # What must not be mixed in one table: times of different kinds.
 _UNIFORM = ("cache", "launch")
 # Providers whose rows are times of an instance, called plainly; the dispatch's own row says which it took.

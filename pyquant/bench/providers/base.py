@@ -23,13 +23,20 @@ class Unavailable(Exception):
 
 
 class Source:
-    """A random weight [N, K] on the GPU, or on ``place``, and its quantized forms, made once and shared by all."""
+    """A weight [N, K] and its quantized forms, made once and shared by all.
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, place: str = "") -> None:
+    Args:
+        place: the weight's device, the GPU if not given.
+        w: [N, K] in ``dtype``; random if not given.
+    """
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, place: str = "", w: torch.Tensor | None = None) -> None:
         self.n, self.k, self.dtype = n, k, dtype
-        place = place or device.NAME
-        generator = torch.Generator(device=place).manual_seed(n * 1_000_003 + k)
-        self.w = (torch.randn(n, k, device=place, generator=generator) * k**-0.5).to(dtype)
+        if w is None:
+            place = place or device.NAME
+            generator = torch.Generator(device=place).manual_seed(n * 1_000_003 + k)
+            w = (torch.randn(n, k, device=place, generator=generator) * k**-0.5).to(dtype)
+        self.w = w
         self._quantized: dict[FormatSpec, QuantizedWeight] = {}
         self._packed: dict[FormatSpec, PackedWeight] = {}
         self._dequantized: dict[FormatSpec, torch.Tensor] = {}

@@ -1,0 +1,165 @@
+"""The whole-model benchmark: every variant, batch and mode, with the same weights, tokens and model code."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ...profiler.models import Config
+from .. import device as gpu_device
+from ..environment import Environment
+from ..gpu import BrokenDevice, Skip
+from ..providers import Unavailable
+from .decoder import Decoder
+from .decoders import build
+from .decoding import EAGER, GRAPH, Decoding, Times
+from .parts import PARTS, time_of_parts
+from .rows import ModelRow
+from .variants import BF16, Variant, weight_bytes
+from .verify import check_logits
+
+# The modes whose kernels are those that the profiler sees; compiled ones are fused.
+_PROFILED = (EAGER, GRAPH)
+# Columns that a row without times leaves empty.
+_FIGURES = ("tpot_ms", "tpot_p10_ms", "tpot_p90_ms", "prefill_ms", "tokens_per_s", "tpot_speedup", "prefill_speedup",
+            *(f"{part}_ms" for part in PARTS), "gaps_ms", "error")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What to measure.
+
+    Attributes:
+        name: of the config.
+        code: of :func:`~pyquant.bench.model.decoders.choose_code`.
+        device: "cuda" or "cpu".
+    """
+
+    name: str
+    config: Config
+    code: str
+    device: str
+    variants: Sequence[Variant]
+    batches: Sequence[int]
+    modes: Sequence[str]
+    input_tokens: int
+    output_tokens: int
+    verify: bool = True
+
+    @property
+    def cells(self) -> int:
+        return len(self.variants) * len(self.batches) * len(self.modes)
+
+
+_Baseline = dict[tuple[int, str], Times]  # of the bf16 decoder, by batch and mode
+
+
+def measure_model(plan: ModelPlan, environment: Environment) -> Iterator[ModelRow | Skip]:
+    """A row for each variant, batch and mode; a Skip for a variant that cannot take part.
+
+    Raises:
+        BrokenDevice: a kernel failed in a way after which the process cannot use the GPU.
+    """
+    baseline: _Baseline = {}
+    # What others are compared with comes first.
+    for variant in sorted(plan.variants, key=lambda v: v.name != BF16):
+        torch._dynamo.reset()
+        try:
+            decoder = build(plan.code, plan.config, plan.device)
+            with torch.no_grad():
+                variant.apply(decoder)
+        except Unavailable as error:
+            yield Skip(variant.label, str(error), failed=False)
+            continue
+        except (ValueError, RuntimeError) as error:
+            yield Skip(variant.label, _reason(plan, variant, error), failed=variant.spec is not None)
+            continue
+        yield from _measure_variant(plan, environment, variant, decoder, baseline)
+        del decoder
+        gc.collect()
+        if plan.device == "cuda":
+            gpu_device.release()
+
+
+def _measure_variant(
+    plan: ModelPlan, environment: Environment, variant: Variant, decoder: Decoder, baseline: _Baseline
+) -> Iterator[ModelRow | Skip]:
+    for batch in plan.batches:
+        unknown: dict[str, Any] = dict.fromkeys(_FIGURES)
+        row = ModelRow(
+            model=plan.name,
+            model_code=plan.code,
+            layers=plan.config.layers,
+            batch=batch,
+            input_tokens=plan.input_tokens,
+            output_tokens=plan.output_tokens,
+            variant=variant.label,
+            mode="",
+            linear_bytes=weight_bytes(decoder),
+            check="",
+            reason="",
+            **unknown,
+            **asdict(environment),
+        )
+        try:
+            if plan.verify and variant.spec:
+                check, error = check_logits(decoder, batch, plan.device)
+                row = replace(row, check=check, error=error)
+            decoding = Decoding(decoder, batch, plan.input_tokens, plan.output_tokens, plan.device)
+            decoding.warm_up()
+        except Exception as error:  # whatever a library's kernels raise
+            reason = _reason(plan, variant, error)
+            yield from (replace(row, mode=mode, reason=reason) for mode in plan.modes)
+            continue
+        try:
+            parts = time_of_parts(decoding)
+        except RuntimeError as error:
+            parts = {}
+            yield Skip(f"{variant.label}, parts of a token", _reason(plan, variant, error), failed=False)
+        for mode in plan.modes:
+            try:
+                times = decoding.measure(mode)
+            except Exception as error:  # of compilers, too
+                yield replace(row, mode=mode, reason=_reason(plan, variant, error))
+                continue
+            yield _with_times(plan, replace(row, mode=mode), times, parts if mode in _PROFILED else {}, baseline)
+
+
+def _with_times(plan: ModelPlan, row: ModelRow, times: Times, parts: dict[str, float], baseline: _Baseline) -> ModelRow:
+    key = row.batch, row.mode
+    if row.variant == BF16:
+        baseline[key] = times
+    base = baseline.get(key)
+    figures = {f"{part}_ms": round(ms, 4) for part, ms in parts.items()}
+    return replace(
+        row,
+        tpot_ms=round(times.tpot, 4),
+        tpot_p10_ms=round(times.tpot_p10, 4),
+        tpot_p90_ms=round(times.tpot_p90, 4),
+        prefill_ms=round(times.prefill, 3),
+        tokens_per_s=round(row.batch * 1e3 / times.tpot, 1),
+        tpot_speedup=None if base is None else round(base.tpot / times.tpot, 3),
+        prefill_speedup=None if base is None else round(base.prefill / times.prefill, 3),
+        gaps_ms=round(times.tpot - sum(parts.values()), 4) if parts and plan.device == "cuda" else None,
+        **figures,  # type: ignore[arg-type]
+    )
+
+
+def _reason(plan: ModelPlan, variant: Variant, error: Exception) -> str:
+    """The error's first line.
+
+    Raises:
+        BrokenDevice: when the GPU does not answer any more.
+    """
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    if plan.device == "cuda":
+        try:
+            gpu_device.synchronize()
+        except RuntimeError as broken:
+            raise BrokenDevice(f"{variant.label}: {reason}; after it the GPU reports: {broken}") from error
+    return reason
