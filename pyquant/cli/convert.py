@@ -13,7 +13,7 @@ import click
 import torch
 
 from .. import __version__
-from ..checkpoint import METADATA_KEY, CheckpointError, Reader, replace_file, save
+from ..checkpoint import CONFIG_VERSION, METADATA_KEY, QUANT_METHOD, CheckpointError, Reader, replace_file, save
 from ..load import LoadedLayer, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
@@ -22,7 +22,6 @@ from .quantize import check_target, copy_other_files, move_folder
 
 CONFIG_FILE = "config.json"
 STATE_FILE = ".convert.json"
-CONFIG_VERSION = 1
 
 
 @click.command()
@@ -236,7 +235,7 @@ def _finish(
         with replace_file(staging / INDEX_FILE) as file:
             file.write(json.dumps(index, indent=2).encode())
     quantization = {
-        "quant_method": "pyquant",
+        "quant_method": QUANT_METHOD,
         "version": CONFIG_VERSION,
         "converted_from": job.plan.producer.name,
         "modules": dict(sorted(job.modules.items())),
@@ -257,4 +256,6 @@ def _print_summary(report: dict[str, Any]) -> None:
         return
     if report["resumed"]:
         click.echo(f"{report['resumed']} shards were done by an earlier run")
+    if Path(report["output"]).is_dir():
+        click.echo("transformers loads it after `import pyquant.hf`")
     click.echo(f"whole model  {output.size(report['bytes'])} -> {output.size(report['converted_bytes'])}")

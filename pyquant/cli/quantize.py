@@ -17,6 +17,7 @@ import torch
 
 from ..checkpoint import Reader, replace_file, save
 from ..formats import FORMATS, ScaleType, ZeroType
+from ..quantize import check_settings
 from ..quantize import quantize as quantize_weight
 from ..weight import QuantizedWeight
 from . import output
@@ -140,10 +141,8 @@ def quantize(
 
 def _check_settings(arguments: dict[str, Any], device: str) -> None:
     """A usage error, before anything is read, for settings that no weight could have."""
-    group_size = arguments["group_size"]
-    k = group_size if group_size is not None and group_size > 0 else 64
     try:
-        quantize_weight(torch.ones(1, k), **arguments)
+        check_settings(**arguments)
         torch.empty(0, device=device)
     except (ValueError, RuntimeError, AssertionError) as error:
         # RuntimeError and AssertionError: torch's answers to a device that is not there or not built in.
