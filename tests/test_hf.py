@@ -117,6 +117,18 @@ def test_hqq_and_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
+def test_loading_in_another_dtype(tmp_path: Path) -> None:
+    """Biases and norms are cast, scales are part of the stored weight."""
+    save_dense(tmp_path / "dense", "qwen")
+    model = load(tmp_path / "dense", "qwen", PyquantConfig("int4"))
+    model.save_pretrained(tmp_path / "quantized")
+    half = load(tmp_path / "quantized", "qwen", dtype=torch.bfloat16)
+    layer = half.model.layers[0].self_attn.q_proj
+    assert (layer.bias.dtype, layer.weight.scales.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(layer.weight.codes, model.model.layers[0].self_attn.q_proj.weight.codes)
+    torch.testing.assert_close(logits(half), logits(model), rtol=0.1, atol=0.1)
+
+
 def test_sharded_saving(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", "mixtral")
     model = load(tmp_path / "dense", "mixtral", PyquantConfig("int4"))

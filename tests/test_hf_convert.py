@@ -18,7 +18,7 @@ from load_cases import gptq_tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import pyquant.hf  # noqa: F401  registers
+import pyquant.hf
 from pyquant import checkpoint, quantize
 from pyquant.cli import main
 from pyquant.nn import QuantLinear
@@ -161,6 +161,35 @@ def test_gpt_oss(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = model_class("gpt_oss").from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
+def test_the_quantize_command(tmp_path: Path, name: str) -> None:
+    """`pyquant quantize` of a folder writes what transformers loads, too."""
+    save_dense(tmp_path / "dense", name)
+    command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "quantized"), "--format", "int4", "--group-size", "32"]
+    if name == "mixtral":  # names alone do not tell that the router is no linear layer
+        assert CliRunner().invoke(main, command).exit_code == 0
+        with pytest.raises(
+            ValueError, match=r"mlp\.gate\.weight of the model is no weight .* quantize the model without"
+        ):
+            model_class(name).from_pretrained(tmp_path / "quantized")
+        command += ["--exclude", "*.gate.weight", "--overwrite"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    model = model_class(name).from_pretrained(tmp_path / "quantized")
+    config = pyquant.hf.PyquantConfig("int4", group_size=32)
+    expected = model_class(name).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert_close(logits(model), logits(expected))
+    again = CliRunner().invoke(main, ["quantize", str(tmp_path / "quantized"), str(tmp_path / "x")])
+    assert (again.exit_code, "is quantized already" in again.output) == (1, True)
+
+
+def test_quantize_refuses_the_checkpoints_of_others(tmp_path: Path) -> None:
+    source = Source(tmp_path, "llama", GPTQ, gptq_layer(act_order=False))
+    result = CliRunner().invoke(main, ["quantize", str(source.original), str(tmp_path / "x")])
+    assert result.exit_code == 1
+    assert "is quantized already, by gptq; `pyquant convert` reads such checkpoints" in result.output
 
 
 def test_experts_of_several_formats(tmp_path: Path) -> None:

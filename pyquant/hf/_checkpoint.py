@@ -78,7 +78,10 @@ def checkpoint_targets(
         if name in targets:
             by_target.setdefault(name, []).append(module)
         elif name is not None:
-            raise ValueError(f"pyquant: {module}: is quantized, but {name} of the model is no weight of a linear layer")
+            raise ValueError(
+                f"pyquant: {module}: is quantized, but {name} of the model is no weight of a linear layer; "
+                "quantize the model without it"
+            )
     if not by_target:
         raise ValueError(
             f"pyquant: none of the {len(modules)} quantized modules of config.json, such as "
