@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +179,15 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
 # ---- what is quantized
 
 
-def test_tied_weights_stay(tmp_path: Path) -> None:
-    """Even if the skip list does not name them."""
+@pytest.mark.parametrize("stored", [False, True])
+def test_tied_weights_stay(tmp_path: Path, stored: bool) -> None:
+    """Even if the skip list does not name them, and some checkpoint has both."""
     save_dense(tmp_path / "dense", "qwen")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of a weight that is wanted and not in the checkpoint
-        model = load(tmp_path / "dense", "qwen", PyquantConfig("nf4", modules_to_not_convert=["embed_tokens"]))
+    if stored:
+        file = tmp_path / "dense" / "model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    model = load(tmp_path / "dense", "qwen", PyquantConfig("nf4", modules_to_not_convert=["embed_tokens"]))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert type(model.lm_head) is nn.Linear
     assert sorted({name.split(".")[2] for name in layers(model)}) == ["0", "1"]

@@ -167,7 +167,15 @@ def test_gpt_oss(tmp_path: Path) -> None:
 def test_the_quantize_command(tmp_path: Path, name: str) -> None:
     """`pyquant quantize` of a folder writes what transformers loads, too."""
     save_dense(tmp_path / "dense", name)
-    command = ["quantize", str(tmp_path / "dense"), str(tmp_path / "quantized"), "--format", "int4", "--group-size", "32"]
+    command = [
+        "quantize",
+        str(tmp_path / "dense"),
+        str(tmp_path / "quantized"),
+        "--format",
+        "int4",
+        "--group-size",
+        "32",
+    ]
     if name == "mixtral":  # names alone do not tell that the router is no linear layer
         assert CliRunner().invoke(main, command).exit_code == 0
         with pytest.raises(
