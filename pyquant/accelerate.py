@@ -36,13 +36,17 @@ _KINDS = (
     ),
     _Kind("hqq", "HQQLinear", "W_q", _hqq_linear.reason_not_to, PackedHqq, HqqLinearPatch),
 )  # fmt: skip
+_REARRANGED = (
+    "kernels of GPTQ and AWQ rearrange their tensors; `pyquant convert` the checkpoint, and load it with transformers "
+    "after `import pyquant.hf`"
+)
 # Root package and class of quantized layers that are reported, not replaced.
 _OTHERS = {
     ("bitsandbytes", "Linear8bitLt"): "LLM.int8() quantizes activations; there is no kernel for it",
     ("bitsandbytes", "Embedding4bit"): "an embedding is a look-up, no GEMM",
-    ("gptqmodel", "*QuantLinear"): "GPTQ modules are not replaced; read their state_dict with pyquant.load.gptq",
-    ("auto_gptq", "*QuantLinear"): "GPTQ modules are not replaced; read their state_dict with pyquant.load.gptq",
-    ("awq", "WQLinear*"): "AWQ modules are not replaced; read their state_dict with pyquant.load.awq",
+    ("gptqmodel", "*QuantLinear"): _REARRANGED,
+    ("auto_gptq", "*QuantLinear"): _REARRANGED,
+    ("awq", "WQLinear*"): _REARRANGED,
 }
 _PLAIN = "not quantized; pyquant.quantize_model quantizes it"
 

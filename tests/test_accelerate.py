@@ -332,7 +332,7 @@ def test_reasons() -> None:
         "wrapped": "replaced by another library",
         "own": "Own has a forward of its own",
         "int8": "LLM.int8()",
-        "gptq": "pyquant.load.gptq",
+        "gptq": "`pyquant convert` the checkpoint",
     }.items():
         assert reason in done.kept.pop(name)
     assert not done.kept
