@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -28,6 +29,17 @@ if TYPE_CHECKING:
 _SPEC = ".weight.quant_spec"
 
 
+class _Collector(WeightConverter):
+    """Collects the tensors of quantized weights; cheap to copy, which the loader does for every tensor."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: object) -> _Collector:
+        other = copy(self)
+        other.collected_tensors, other.layer_targets = defaultdict(list), defaultdict(set)
+        return other
+
+
 def load_conversions(
     quantizer: PyquantHfQuantizer, conversions: Iterable[WeightTransform], model: nn.Module
 ) -> list[WeightTransform]:
@@ -41,15 +53,15 @@ def load_conversions(
         if isinstance(converter, WeightConverter) and _merges_experts(converter, fused):
             stems = [source.removesuffix("weight") for source in converter._original_source_patterns]
             sources = [stem + stored for stem in stems for stored in STORED_NAMES]
-            own.append(
-                converter.copy(sources, converter._original_target_patterns, operations=[PyquantDeserialize(quantizer)])
-            )
+            collector = _Collector(sources, converter._original_target_patterns, [PyquantDeserialize(quantizer)])
+            collector.scope_prefix, collector.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+            own.append(collector)
     for name, target in fused.items():
         sources = [f"{name}.*.{stored}" for stored in STORED_NAMES]
-        own.append(WeightConverter(sources, name, [PyquantDeserialize(quantizer)]))
+        own.append(_Collector(sources, name, [PyquantDeserialize(quantizer)]))
         if model.get_submodule(target.module).has_bias:
             own.append(WeightConverter(f"{name}.*.bias", f"{name}_bias", [MergeModulelist(dim=0)]))
-    linear = WeightConverter(list(STORED_NAMES), "weight", [PyquantDeserialize(quantizer)])
+    linear = _Collector(list(STORED_NAMES), "weight", [PyquantDeserialize(quantizer)])
     return [*own, *conversions, linear]
 
 
