@@ -58,10 +58,10 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(tokens.to(device)).logits.float().cpu()
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     """Equal but for the order of sums."""
     assert expected.std() > 0.1
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def map_weights(

@@ -68,7 +68,7 @@ def test_round_trip(tmp_path: Path, name: str, device: str) -> None:
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {device}
     assert dequantized_reference(dense, format="nf4", nested=True) == LINEARS[name]
     out = logits(model)
-    assert_close(out, logits(dense))
+    assert_close(out, logits(dense), 1e-4 if device == "cpu" else 1e-3)
 
     model.save_pretrained(tmp_path / "quantized")
     again = load(tmp_path / "quantized", name, device=device)
