@@ -281,6 +281,17 @@ def test_experts_that_are_not_fused_as_expected(tmp_path: Path) -> None:
     assert layers(model)
 
 
+def test_linear_layers_of_a_models_own(tmp_path: Path) -> None:
+    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=90)
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    quantization = PyquantConfig("nf4")
+    with (
+        pytest.warns(UserWarning, match="layers of FalconLinear are not quantized"),
+        pytest.raises(ValueError, match="FalconForCausalLM has no weight to quantize"),
+    ):
+        transformers.FalconForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+
+
 # ---- the loaded model
 
 

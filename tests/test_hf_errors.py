@@ -185,6 +185,19 @@ def test_a_tensor_of_another_shape(quantized: Path) -> None:
         model_class("llama").from_pretrained(quantized)
 
 
+@pytest.mark.parametrize("part", ["nested_absmax", "nested_map"])
+def test_scales_that_are_no_numbers(quantized: Path, part: str) -> None:
+    change_tensors(quantized, lambda tensors: tensors[f"{Q}.weight.{part}"].fill_(float("nan")))
+    with pytest.raises(ValueError, match=rf"{Q}\.weight: scales: expected finite values, got NaN or Inf"):
+        model_class("llama").from_pretrained(quantized)
+
+
+def test_act_order_that_is_no_order(quantized: Path) -> None:
+    change_tensors(quantized, lambda tensors: tensors.update({f"{Q}.permutation": torch.zeros(64, dtype=torch.int64)}))
+    with pytest.raises(ValueError, match=rf"{Q}\.weight: QuantLinear: permutation: expected every number from 0 to 63"):
+        model_class("llama").from_pretrained(quantized)
+
+
 def test_another_format_in_config_json(quantized: Path) -> None:
     change_module(quantized, Q, group_size=128)
     with pytest.raises(ValueError, match=rf"{Q}\.weight: config.json says .*128.*, the tensors .*64"):

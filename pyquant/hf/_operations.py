@@ -133,8 +133,16 @@ def _layers(parts: Mapping[str, list[torch.Tensor]]) -> list[LoadedLayer]:
         state = {name: tensor for name in names if (tensor := next(left.get(name, iter(())), None)) is not None}
         prefix = "" if len(specs) == 1 else f"{i}."
         weight = QuantizedWeight.from_state_dict({prefix + name: t for name, t in state.items()}, prefix)
+        _check_finite(weight, prefix)
         layers.append(LoadedLayer(weight, None, next(left["permutation"], None) if "permutation" in parts else None))
     for name, tensors in left.items():
         if next(tensors, None) is not None or (name == "permutation" and layers[-1].permutation is None):
             raise ValueError(f"{name}: expected one for each weight that has it, got {len(parts[name])}")
     return layers
+
+
+def _check_finite(weight: QuantizedWeight, prefix: str) -> None:
+    values = {"scales": weight.decode_scales(), "zeros": weight.zeros, "codebook": weight.codebook}
+    for name, tensor in values.items():
+        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{prefix}{name}: expected finite values, got NaN or Inf")

@@ -79,6 +79,7 @@ def wanted_targets(model: nn.Module, skip: Iterable[str]) -> dict[str, Target]:
     skip = list(skip)
     tied = tied_names(model)
     targets = find_targets(model)
+    _warn_of_others(model, targets)
     wanted = {
         name: target
         for name, target in targets.items()
@@ -89,7 +90,6 @@ def wanted_targets(model: nn.Module, skip: Iterable[str]) -> dict[str, Target]:
             f"PyquantConfig: {type(model).__name__} has no weight to quantize: {len(targets)} weights of linear "
             f"layers, all of them tied or in modules_to_not_convert={sorted(skip)}"
         )
-    _warn_of_other_experts(model, targets)
     return wanted
 
 
@@ -117,13 +117,19 @@ def check_skip_list(model: nn.Module, skip: Iterable[str]) -> None:
         )
 
 
-def _warn_of_other_experts(model: nn.Module, targets: dict[str, Target]) -> None:
-    """Stacked matrices in a form of a model's own would else stay in full precision, and nobody would notice."""
-    stacked = [name for name, p in model.named_parameters() if p.dim() == 3 and name not in targets]
-    experts = [name for name in stacked if ".experts." in name]
+def _warn_of_others(model: nn.Module, targets: dict[str, Target]) -> None:
+    """Matrices in a form of a model's own would else stay in full precision, and nobody would notice."""
+    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n and n not in targets]
     if experts:
         warnings.warn(
             f"pyquant: {len(experts)} fused expert tensors, such as {experts[0]}, are not quantized: "
             "their module does not follow transformers' interface of experts",
+            stacklevel=2,
+        )
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)} - {nn.Linear}
+    own = sorted(kind.__name__ for kind in kinds if not kind.__module__.startswith("torch."))
+    if own:
+        warnings.warn(
+            f"pyquant: layers of {', '.join(own)} are not quantized: subclasses of nn.Linear may compute anything",
             stacklevel=2,
         )
