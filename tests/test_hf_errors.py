@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,15 @@ def test_config_types() -> None:
         PyquantConfig("nf4", bits=4)
     with pytest.raises(TypeError, match="modules_to_not_convert: expected a list, got 'lm_head'"):
         PyquantConfig("nf4", modules_to_not_convert="lm_head")
+
+
+@pytest.mark.parametrize("hidden", ["transformers", "transformers.core_model_loading"])
+def test_without_transformers(hidden: str) -> None:
+    """None at all, or one from before its loader had operations."""
+    code = f"import sys; sys.modules[{hidden!r}] = None; import pyquant.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: pyquant.hf: expected transformers 5.23 or newer" in done.stderr
+    assert 'pip install "pyquant[hf]"' in done.stderr
 
 
 # ---- quantizing while loading

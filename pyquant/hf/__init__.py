@@ -5,11 +5,17 @@ Importing this module registers them: transformers has no other way to find a qu
 ``from_pretrained`` of a folder that ``save_pretrained`` or ``pyquant convert`` wrote loads it as it is.
 """
 
-from transformers.quantizers import register_quantization_config, register_quantizer
+try:
+    from transformers.quantizers import register_quantization_config, register_quantizer
+
+    from ._config import PyquantConfig
+    from ._quantizer import PyquantHfQuantizer
+except ImportError as error:
+    raise ImportError(
+        f'pyquant.hf: expected transformers 5.23 or newer ({error}); pip install "pyquant[hf]"'
+    ) from error
 
 from ..checkpoint import QUANT_METHOD
-from ._config import PyquantConfig
-from ._quantizer import PyquantHfQuantizer
 
 __all__ = ["PyquantConfig", "PyquantHfQuantizer"]
 
