@@ -45,8 +45,7 @@ def load_conversions(
 ) -> list[WeightTransform]:
     """The model's conversions, and before them those that collect the tensors of quantized weights."""
     conversions = list(conversions)
-    fused = {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 2)[-1]: t for name, t in find_targets(model).items()
-             if t.experts is not None}  # fmt: skip
+    fused = {_end(name): target for name, target in find_targets(model).items() if target.experts is not None}
     own: list[WeightTransform] = []
     for converter in conversions:
         # Experts that the checkpoint keeps apart: gate and up become layers side by side.
@@ -200,4 +199,5 @@ def _check_stored(
 
 
 def _end(module: str) -> str:
+    """The last two parts of a name."""
     return ".".join(module.split(".")[-2:])
