@@ -209,6 +209,12 @@ def test_act_order_that_is_no_order(quantized: Path) -> None:
         model_class("llama").from_pretrained(quantized)
 
 
+def test_a_damaged_spec(quantized: Path) -> None:
+    change_tensors(quantized, lambda tensors: tensors.update({f"{Q}.weight.quant_spec": torch.tensor(1)}))
+    with pytest.raises(ValueError, match=rf"{Q}\.weight: quant_spec: expected int64 \[7\], got torch.int64 \[\]"):
+        model_class("llama").from_pretrained(quantized)
+
+
 def test_another_format_in_config_json(quantized: Path) -> None:
     change_module(quantized, Q, group_size=128)
     with pytest.raises(ValueError, match=rf"{Q}\.weight: config.json says .*128.*, the tensors .*64"):

@@ -120,6 +120,9 @@ def _layers(parts: Mapping[str, list[torch.Tensor]]) -> list[LoadedLayer]:
     Experts may differ in format, and then in the parts that they have."""
     if "quant_spec" not in parts:
         raise ValueError("quant_spec: expected a tensor, got none")
+    for stored in parts["quant_spec"]:
+        if stored.shape != (7,):
+            raise ValueError(f"quant_spec: expected int64 [7], got {stored.dtype} {list(stored.shape)}")
     specs = [spec.tolist() for spec in parts["quant_spec"]]
     formats = [format_by_id(spec[1]) for spec in specs]
     needed = sum(fmt.needs_codebook for fmt in formats)
