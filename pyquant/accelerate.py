@@ -1,24 +1,52 @@
-"""``pyquant.accelerate``: a model that bitsandbytes has loaded, run by pyquant's kernels."""
+"""``pyquant.accelerate``: a model that bitsandbytes or HQQ has loaded, run by pyquant's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ._linear4bit import Linear4bitPatch, reason_not_to
+from . import _hqq_linear, _linear4bit
+from ._hqq_linear import HqqLinearPatch
+from ._linear4bit import Linear4bitPatch
+from ._packed_hqq import PackedHqq
 from ._packed_parameter import PackedParameter
 from .load import LoadError
 
+
+@dataclass(frozen=True)
+class _Kind:
+    """Modules that are replaced: root package and class, the parameter that holds codes, and by what."""
+
+    package: str
+    name: str
+    weight: str
+    reason_not_to: Callable[[Any], str | None]
+    pack: Callable[[Any, str], Any]
+    patch: type[Linear4bitPatch] | type[HqqLinearPatch]
+
+
+_KINDS = (
+    _Kind(
+        "bitsandbytes", "Linear4bit", "weight",
+        _linear4bit.reason_not_to, lambda m, name: PackedParameter(m._parameters["weight"], name), Linear4bitPatch,
+    ),
+    _Kind("hqq", "HQQLinear", "W_q", _hqq_linear.reason_not_to, PackedHqq, HqqLinearPatch),
+)  # fmt: skip
+_REARRANGED = (
+    "kernels of GPTQ and AWQ rearrange their tensors; `pyquant convert` the checkpoint, and load it with transformers "
+    "after `import pyquant.hf`"
+)
 # Root package and class of quantized layers that are reported, not replaced.
 _OTHERS = {
     ("bitsandbytes", "Linear8bitLt"): "LLM.int8() quantizes activations; there is no kernel for it",
     ("bitsandbytes", "Embedding4bit"): "an embedding is a look-up, no GEMM",
-    ("hqq", "HQQLinear"): "HQQ modules are not replaced; read their state_dict with pyquant.load.hqq",
-    ("gptqmodel", "*QuantLinear"): "GPTQ modules are not replaced; read their state_dict with pyquant.load.gptq",
-    ("auto_gptq", "*QuantLinear"): "GPTQ modules are not replaced; read their state_dict with pyquant.load.gptq",
-    ("awq", "WQLinear*"): "AWQ modules are not replaced; read their state_dict with pyquant.load.awq",
+    ("gptqmodel", "*QuantLinear"): _REARRANGED,
+    ("auto_gptq", "*QuantLinear"): _REARRANGED,
+    ("awq", "WQLinear*"): _REARRANGED,
 }
 _PLAIN = "not quantized; pyquant.quantize_model quantizes it"
 
@@ -34,10 +62,11 @@ class Acceleration:
 
     replaced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
-    _patches: list[Linear4bitPatch] = field(default_factory=list)
+    _patches: list[Linear4bitPatch | HqqLinearPatch] = field(default_factory=list)
 
     def free_original(self) -> None:
-        """Free the bytes of ``weight`` and ``weight.quant_state.absmax``, which the packed weights hold as well."""
+        """Free the original bytes, which the packed weights hold as well: bitsandbytes' ``weight`` and
+        ``weight.quant_state.absmax``, HQQ's ``W_q``, ``scale`` and ``zero``."""
         for patch in self._patches:
             patch.packed.free()
 
@@ -62,14 +91,16 @@ class Acceleration:
 def accelerate(
     model: nn.Module, *, free_original: bool = False, compute_dtype: torch.dtype | None = None
 ) -> Acceleration:
-    """Run the bitsandbytes ``Linear4bit`` modules of ``model`` by pyquant's kernels, in place.
+    """Run the modules ``Linear4bit`` of bitsandbytes and ``HQQLinear`` of HQQ by pyquant's kernels, in place.
 
-    Modules keep their class, parameters, ``state_dict`` and ``weight.quant_state``; their ``forward`` is replaced.
+    Modules keep their class, parameters, ``state_dict``, ``weight.quant_state`` and ``meta``; their ``forward`` is
+    replaced.
     Weights are packed once, losslessly; a weight that is changed in place, replaced or moved is packed again at the
     next call. Gradients flow to the inputs and to the bias; no dequantized weight is kept for them.
 
     Args:
-        model: any module that holds ``bitsandbytes.nn.Linear4bit``, also inside PEFT's layers.
+        model: any module that holds ``bitsandbytes.nn.Linear4bit`` or ``hqq.core.quantize.HQQLinear``, also inside
+            PEFT's layers.
         free_original: free the original bytes of each weight as soon as it is packed. ``state_dict`` and moves of the
             model restore them for as long as they need them; ``Acceleration.restore_original`` restores them for good.
         compute_dtype: of the GEMMs, in place of the modules' ``compute_dtype``: fp32, fp16 or bf16.
@@ -84,21 +115,23 @@ def accelerate(
     if compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"accelerate: compute_dtype: expected float32, float16 or bfloat16, got {compute_dtype}")
     done = Acceleration()
-    groups: dict[nn.Parameter, dict[str, nn.Module]] = {}  # the modules that share a weight
+    groups: dict[nn.Parameter, tuple[_Kind, dict[str, nn.Module]]] = {}  # the modules that share a weight
     for name, module in model.named_modules():
-        reason = reason_not_to(module) if _is_linear4bit(module) else _reason_of_other(module)
+        kind = next((k for k in _KINDS if _is_kind(module, k.package, k.name)), None)
+        reason = _reason_of_other(module) if kind is None else kind.reason_not_to(module)
         if reason is not None:
             done.kept[name] = reason
-        elif _is_linear4bit(module):
-            groups.setdefault(module._parameters["weight"], {})[name] = module
+        elif kind is not None:
+            groups.setdefault(module._parameters[kind.weight], (kind, {}))[1][name] = module
     try:
-        for parameter, modules in groups.items():
+        for kind, modules in groups.values():
+            name, module = next(iter(modules.items()))
             try:
-                packed = PackedParameter(parameter, next(iter(modules)))
+                packed = kind.pack(module, name)
             except LoadError as error:
                 done.kept.update(dict.fromkeys(modules, str(error)))
                 continue
-            done._patches += [Linear4bitPatch(module, packed, compute_dtype) for module in modules.values()]
+            done._patches += [kind.patch(m, packed, compute_dtype) for m in modules.values()]
             done.replaced.update(dict.fromkeys(modules, repr(packed.weight)))
             if free_original:
                 packed.free()
@@ -107,12 +140,14 @@ def accelerate(
         raise
     if not done.replaced:
         reasons = "".join(f"\n  {name or type(model).__name__}: {reason}" for name, reason in done.kept.items())
-        raise ValueError(f"accelerate: found no bitsandbytes Linear4bit that could be replaced{reasons}")
+        raise ValueError(
+            f"accelerate: found no Linear4bit of bitsandbytes and no HQQLinear that could be replaced{reasons}"
+        )
     return done
 
 
-def _is_linear4bit(module: nn.Module) -> bool:
-    return any(_is(c, "bitsandbytes", "Linear4bit") for c in type(module).__mro__)
+def _is_kind(module: nn.Module, package: str, name: str) -> bool:
+    return any(_is(c, package, name) for c in type(module).__mro__)
 
 
 def _is(cls: type, package: str, name: str) -> bool:
@@ -126,6 +161,6 @@ def _is(cls: type, package: str, name: str) -> bool:
 
 def _reason_of_other(module: nn.Module) -> str | None:
     for (package, name), reason in _OTHERS.items():
-        if any(_is(c, package, name) for c in type(module).__mro__):
+        if _is_kind(module, package, name):
             return reason
     return _PLAIN if type(module) is nn.Linear else None

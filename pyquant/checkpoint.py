@@ -27,9 +27,12 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .weight import QuantizedWeight
+from .weight import PackedWeight, QuantizedWeight
 
 FILE_VERSION = 1
+# Of quantization_config in a model's config.json.
+QUANT_METHOD = "pyquant"
+CONFIG_VERSION = 1
 METADATA_KEY = "pyquant"
 _SPEC = ".quant_spec"
 _PARTS = (*QuantizedWeight.TENSORS, "quant_spec")
@@ -249,7 +252,7 @@ def save(
     layout = {name: (_DTYPE_NAMES[t.dtype], list(t.shape)) for name, t in stored.items()}
     info: dict[str, Any] = {
         "version": FILE_VERSION,
-        "layers": {name: _settings(w) for name, w in tensors.items() if isinstance(w, QuantizedWeight)},
+        "layers": {name: settings(w) for name, w in tensors.items() if isinstance(w, QuantizedWeight)},
         "crc32": {name: _crc32(t) for name, t in stored.items()},
     }
     info["header_crc32"] = _header_crc32(layout, metadata, info)
@@ -335,7 +338,8 @@ def _canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _settings(weight: QuantizedWeight) -> dict[str, Any]:
+def settings(weight: QuantizedWeight | PackedWeight) -> dict[str, Any]:
+    """A weight's format and shape as JSON: in the header of files, and in ``modules`` of a model's config.json."""
     return {
         "format": weight.format.name,
         "bits": weight.format.bits,

@@ -21,13 +21,26 @@ class QuantLinear(nn.Module):
 
     Made by :meth:`from_linear` or :meth:`from_quantized`. The packed tensors are buffers, so they follow
     ``.to(device)``; ``.to(dtype)`` changes the bias only. ``state_dict`` holds the canonical weight
-    (``QuantizedWeight.state_dict`` under ``weight.``) and the bias; ``load_state_dict`` takes the same, of any format
-    and group size.
+    (``QuantizedWeight.state_dict`` under ``weight.``), the bias and the permutation; ``load_state_dict`` takes the
+    same, of any format and group size.
+
+    Args:
+        weight: [N, K].
+        bias: [N].
+        permutation: int64 [K] of act-order (:class:`pyquant.load.LoadedLayer`), on the weight's device: the weight is
+            applied to ``x[..., permutation]``.
     """
 
-    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+    permutation: torch.Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self._set_weight(weight)
+        if permutation is not None:
+            _check_permutation(permutation, weight.k, "QuantLinear: permutation")
+        self.register_buffer("permutation", permutation)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
     @classmethod
@@ -40,9 +53,11 @@ class QuantLinear(nn.Module):
         return cls.from_quantized(weight, bias).train(module.training)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
+    ) -> QuantLinear:
         """A layer of a canonical weight."""
-        return cls(weight.pack(), bias)
+        return cls(weight.pack(), bias, permutation)
 
     @property
     def weight(self) -> PackedWeight:
@@ -64,6 +79,9 @@ class QuantLinear(nn.Module):
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
+        permutation = b["permutation"]
+        if permutation is not None:
+            x = x.index_select(-1, permutation)
         return gemm(x, tensors, bias, self._integers)
 
     def extra_repr(self) -> str:
@@ -110,7 +128,10 @@ class QuantLinear(nn.Module):
         own = prefix + _PREFIX
         canonical = {name: state_dict[name] for name in list(state_dict) if name.startswith(own)}
         rest = {name: t for name, t in state_dict.items() if name not in canonical}
+        permutation = rest.pop(prefix + "permutation", None)
+        before, self.permutation = self.permutation, None
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.permutation = before
         if not canonical:
             missing_keys.append(own + "quant_spec")
             return
@@ -118,6 +139,8 @@ class QuantLinear(nn.Module):
         unexpected_keys += [name for name in canonical if name not in known and strict]
         try:
             weight = QuantizedWeight.from_state_dict(canonical, own)
+            if permutation is not None:
+                _check_permutation(permutation, weight.k, f"QuantLinear: {prefix}permutation")
         except ValueError as error:
             error_msgs.append(str(error))
             return
@@ -127,7 +150,16 @@ class QuantLinear(nn.Module):
                 f"got {list(weight.shape)}"
             )
             return
-        self._set_weight(weight.pack(self.weight.device))
+        device = self.weight.device
+        self._set_weight(weight.pack(device))
+        self.permutation = None if permutation is None else permutation.to(device, copy=True)
+
+
+def _check_permutation(permutation: torch.Tensor, k: int, name: str) -> None:
+    if permutation.dtype != torch.int64 or permutation.shape != (k,):
+        raise ValueError(f"{name}: expected torch.int64 [{k}], got {permutation.dtype} {list(permutation.shape)}")
+    if not torch.equal(permutation.sort().values, torch.arange(k, device=permutation.device)):
+        raise ValueError(f"{name}: expected every number from 0 to {k - 1} once")
 
 
 def quantize_model(

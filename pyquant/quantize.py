@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -130,6 +130,21 @@ def quantize(
     if not (fmt.flat_blocks and k % group_size):
         scales = scales.view(n, groups)
     return QuantizedWeight(fmt, n, k, group_size, scale_type, zero_type, packed, scales, **parts)
+
+
+def check_settings(
+    format: str = "nf4", group_size: int | None = None, *, k: int | None = None, **arguments: Any
+) -> QuantizedWeight:
+    """Raise as :func:`quantize` would for weights of K = ``k``, or, without ``k``, for settings that no weight could
+    have.
+
+    Returns:
+        A weight of one row, with all settings filled in.
+    """
+    if k is None:
+        k = group_size if group_size is not None and group_size > 0 else 64
+    with torch.device("cpu"):  # not the meta device, on which others build models
+        return quantize(torch.ones(1, k), format, group_size, **arguments)
 
 
 def _quantize_on_gpu(

@@ -322,7 +322,6 @@ def test_reasons() -> None:
     model["wrapped"].forward = lambda x: x
     model["own"] = Own(SIZE, 32)
     model["int8"] = of_package("bitsandbytes.nn.modules", "Linear8bitLt")
-    model["hqq"] = of_package("hqq.core.quantize", "HQQLinear")
     model["gptq"] = of_package("gptqmodel.nn_modules.qlinear.marlin", "MarlinQuantLinear")
     done = accelerate(model)
     assert list(done.replaced) == ["good"]
@@ -333,17 +332,16 @@ def test_reasons() -> None:
         "wrapped": "replaced by another library",
         "own": "Own has a forward of its own",
         "int8": "LLM.int8()",
-        "hqq": "pyquant.load.hqq",
-        "gptq": "pyquant.load.gptq",
+        "gptq": "`pyquant convert` the checkpoint",
     }.items():
         assert reason in done.kept.pop(name)
     assert not done.kept
-    with pytest.raises(ValueError, match=r"found no bitsandbytes Linear4bit(?s:.)*good: accelerated already"):
+    with pytest.raises(ValueError, match=r"found no Linear4bit(?s:.)*good: accelerated already"):
         accelerate(model)
 
 
 def test_nothing_to_accelerate() -> None:
-    with pytest.raises(ValueError, match=r"found no bitsandbytes Linear4bit(?s:.)*\n  0: not quantized; pyquant.quant"):
+    with pytest.raises(ValueError, match=r"found no Linear4bit(?s:.)*\n  0: not quantized; pyquant.quant"):
         accelerate(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match="accelerate: compute_dtype: expected float32, float16 or bfloat16"):
         accelerate(Linear4bit(SIZE, 32), compute_dtype=torch.int8)

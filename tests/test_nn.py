@@ -26,6 +26,7 @@ from torch import nn
 
 from pyquant import linear, quantize, quantize_model
 from pyquant.formats import FORMATS, Format, ScaleType
+from pyquant.load import LoadedLayer
 from pyquant.nn import QuantLinear
 
 PLAIN = VARIANTS[0]
@@ -63,6 +64,56 @@ def quantized_names(model: nn.Module) -> list[str]:
 
 
 # ---- QuantLinear
+
+
+def permuted_layer() -> tuple[QuantLinear, torch.Tensor]:
+    """A layer with act-order, and its weight with columns in the order of x."""
+    weight, permutation = random_weight(PLAIN, 33, 70), torch.randperm(70)
+    dense = LoadedLayer(weight, None, permutation).dequantize()
+    return QuantLinear.from_quantized(weight, None, permutation), dense
+
+
+def test_act_order() -> None:
+    layer, dense = permuted_layer()
+    x = torch.randn(2, 5, 70, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ dense.T)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 5, 70))
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer.half()))(x.half()), layer(x.half()))
+
+
+def test_state_dict_with_act_order() -> None:
+    """It comes and goes with what is loaded."""
+    layer, _ = permuted_layer()
+    state = layer.state_dict()
+    assert state["permutation"].dtype == torch.int64
+    other = make_layer(bias=False, seed=1)
+    other.load_state_dict(state)
+    x = torch.randn(3, 70)
+    assert torch.equal(other(x), layer(x))
+    other.load_state_dict(make_layer(bias=False, seed=1).state_dict())
+    assert other.permutation is None
+    assert torch.equal(other(x), make_layer(bias=False, seed=1)(x))
+
+
+@pytest.mark.parametrize(
+    ("permutation", "message"),
+    [
+        (torch.arange(69), r"expected torch.int64 \[70\], got torch.int64 \[69\]"),
+        (torch.arange(70).int(), r"expected torch.int64 \[70\], got torch.int32 \[70\]"),
+        (torch.zeros(70, dtype=torch.int64), "expected every number from 0 to 69 once"),
+    ],
+)
+def test_bad_permutations(permutation: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match="QuantLinear: permutation: " + message):
+        QuantLinear.from_quantized(random_weight(PLAIN, 33, 70), None, permutation)
+    layer, _ = permuted_layer()
+    before = layer.permutation.clone()
+    with pytest.raises(RuntimeError, match="QuantLinear: permutation: " + message):
+        layer.load_state_dict({**layer.state_dict(), "permutation": permutation})
+    assert torch.equal(layer.permutation, before)
 
 
 @each_format

@@ -13,16 +13,14 @@ import click
 import torch
 
 from .. import __version__
-from ..checkpoint import METADATA_KEY, CheckpointError, Reader, replace_file, save
+from ..checkpoint import CheckpointError, Reader, replace_file, save
 from ..load import LoadedLayer, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
-from .model_files import INDEX_FILE, Model
+from .model_files import CONFIG_FILE, INDEX_FILE, Model, read_config, write_config, written_modules
 from .quantize import check_target, copy_other_files, move_folder
 
-CONFIG_FILE = "config.json"
 STATE_FILE = ".convert.json"
-CONFIG_VERSION = 1
 
 
 @click.command()
@@ -62,7 +60,7 @@ def convert(source: Path, target: Path, overwrite: bool, restart: bool, dry_run:
     if not dry_run:
         check_target(source, target, overwrite)
     with Model(source) as model:
-        config = _read_config(source)
+        config = read_config(source)
         quantization = None if config is None else config.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
             raise CheckpointError(f"{source}: {CONFIG_FILE}: quantization_config: expected an object")
@@ -123,25 +121,11 @@ class _LayerTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def _read_config(source: Path) -> dict[str, Any] | None:
-    """config.json of the folder, or of the folder that the file is in; None if there is none."""
-    path = (source if source.is_dir() else source.parent) / CONFIG_FILE
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
 def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path, restart: bool) -> tuple[int, int]:
     """Convert shard by shard. Returns the number of shards found done, and the bytes of the files written."""
     if not source.is_dir():
         _write_shard(job, job.model.shards[0], target)
-        job.modules.update(_modules(target)[0])
+        job.modules.update(written_modules(target)[0])
         return 0, target.stat().st_size
     staging = target.with_name(f".{target.name}.partial")
     try:
@@ -155,7 +139,7 @@ def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path,
                 resumed += 1
             else:
                 _write_shard(job, shard, written)
-            modules, names, nbytes = _modules(written)
+            modules, names, nbytes = written_modules(written)
             job.modules.update(modules)
             weight_map.update(dict.fromkeys(names, written.name))
             tensor_bytes += nbytes
@@ -218,14 +202,6 @@ def _stored(name: str, layer: LoadedLayer, copied: bool) -> dict[str, torch.Tens
     return parts
 
 
-def _modules(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], int]:
-    """Of a written shard: the settings of its layers by module, the names and the bytes of its tensors."""
-    with Reader(path) as reader:
-        layers = json.loads(reader.metadata[METADATA_KEY])["layers"]
-        modules = {name.removesuffix(".weight"): about for name, about in layers.items()}
-        return modules, list(reader.stored_names), reader.tensor_bytes
-
-
 def _finish(
     job: _Job, staging: Path, weight_map: dict[str, str], tensor_bytes: int, config: dict[str, Any] | None
 ) -> None:
@@ -235,14 +211,7 @@ def _finish(
         index = {"metadata": {"total_size": tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         with replace_file(staging / INDEX_FILE) as file:
             file.write(json.dumps(index, indent=2).encode())
-    quantization = {
-        "quant_method": "pyquant",
-        "version": CONFIG_VERSION,
-        "converted_from": job.plan.producer.name,
-        "modules": dict(sorted(job.modules.items())),
-    }
-    with replace_file(staging / CONFIG_FILE) as file:
-        file.write(json.dumps({**(config or {}), "quantization_config": quantization}, indent=2).encode())
+    write_config(staging, config or {}, job.modules, converted_from=job.plan.producer.name)
 
 
 def _print_summary(report: dict[str, Any]) -> None:
@@ -257,4 +226,6 @@ def _print_summary(report: dict[str, Any]) -> None:
         return
     if report["resumed"]:
         click.echo(f"{report['resumed']} shards were done by an earlier run")
+    if Path(report["output"]).is_dir():
+        click.echo("transformers loads it after `import pyquant.hf`")
     click.echo(f"whole model  {output.size(report['bytes'])} -> {output.size(report['converted_bytes'])}")

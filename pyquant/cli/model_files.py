@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, Reader
+from ..checkpoint import CONFIG_VERSION, METADATA_KEY, QUANT_METHOD, CheckpointError, Reader, replace_file
 from ..weight import QuantizedWeight
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 
 
 class Model:
@@ -85,6 +87,47 @@ class Model:
             differing = sorted({n for n, _ in stored.items() ^ self._weight_map.items()})
             reason = ", ".join(differing[:3]) or "a name is in two shards"
             raise CheckpointError(f"{self.path / INDEX_FILE}: does not fit the shards: {reason}")
+
+
+def read_config(source: Path) -> dict[str, Any] | None:
+    """config.json of the folder, or of the folder that the file is in; None if there is none."""
+    path = (source if source.is_dir() else source.parent) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any], modules: Mapping[str, dict[str, Any]], **origin: str) -> None:
+    """Write config.json with the ``quantization_config`` by which transformers loads the folder.
+
+    Args:
+        folder: of a model.
+        config: the other entries.
+        modules: ``checkpoint.settings`` of each weight, by module name.
+        origin: further entries of ``quantization_config``.
+    """
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "version": CONFIG_VERSION,
+        **origin,
+        "modules": dict(sorted(modules.items())),
+    }
+    with replace_file(folder / CONFIG_FILE) as file:
+        file.write(json.dumps({**config, "quantization_config": quantization}, indent=2).encode())
+
+
+def written_modules(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], int]:
+    """Of a written file: the settings of its layers by module, the names and the bytes of its tensors."""
+    with Reader(path) as reader:
+        layers = json.loads(reader.metadata[METADATA_KEY])["layers"]
+        modules = {name.removesuffix(".weight"): about for name, about in layers.items()}
+        return modules, list(reader.stored_names), reader.tensor_bytes
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -17,10 +17,11 @@ import torch
 
 from ..checkpoint import Reader, replace_file, save
 from ..formats import FORMATS, ScaleType, ZeroType
+from ..quantize import check_settings
 from ..quantize import quantize as quantize_weight
 from ..weight import QuantizedWeight
 from . import output
-from .model_files import INDEX_FILE, Model
+from .model_files import INDEX_FILE, Model, read_config, write_config, written_modules
 from .selection import DEFAULT_EXCLUDES, Selection
 
 # Formats without a codebook of their own need values that the command line does not carry.
@@ -32,7 +33,8 @@ _HELP = f"""Quantize the linear layers of a checkpoint.
 
     IN is a .safetensors file, or a model folder with model.safetensors or shards and their index. OUT is a
     file or a folder accordingly; a folder also gets the other files of the model (config, tokenizer), and
-    keeps the shards.
+    keeps the shards. Its config.json gets a quantization_config, by which transformers loads the folder after
+    `import pyquant.hf`.
 
     Quantized are 2-D fp32, fp16 or bf16 tensors called *.weight, except those whose names look like
     embeddings, norms or the output head ({", ".join(DEFAULT_EXCLUDES)}). --include replaces this default by
@@ -112,6 +114,10 @@ def quantize(
         quantized = [name for name in model if model.is_quantized(name)]
         if quantized:
             raise ValueError(f"{source}: is quantized already ({quantized[0]})")
+        config = read_config(source)
+        if config is not None and "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method")
+            raise ValueError(f"{source}: is quantized already, by {method}; `pyquant convert` reads such checkpoints")
         selection = Selection(include, exclude)
         weights = {name: model.peek(name) for name in model}
         layers = {
@@ -121,7 +127,7 @@ def quantize(
             raise ValueError(f"{source}: no tensor to quantize among {len(weights)}")
         quantized_bytes = None
         if not dry_run:
-            quantized_bytes = _write(model, target, layers, partial(_quantize_layer, arguments, device))
+            quantized_bytes = _write(model, target, layers, config, partial(_quantize_layer, arguments, device))
         report = {
             "input": str(source),
             "output": str(target),
@@ -140,10 +146,8 @@ def quantize(
 
 def _check_settings(arguments: dict[str, Any], device: str) -> None:
     """A usage error, before anything is read, for settings that no weight could have."""
-    group_size = arguments["group_size"]
-    k = group_size if group_size is not None and group_size > 0 else 64
     try:
-        quantize_weight(torch.ones(1, k), **arguments)
+        check_settings(**arguments)
         torch.empty(0, device=device)
     except (ValueError, RuntimeError, AssertionError) as error:
         # RuntimeError and AssertionError: torch's answers to a device that is not there or not built in.
@@ -173,7 +177,13 @@ def _quantize_layer(arguments: dict[str, Any], device: str, name: str, weight: t
     return quantized
 
 
-def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> int:
+def _write(
+    model: Model,
+    target: Path,
+    layers: dict[str, _Layer],
+    config: dict[str, Any] | None,
+    quantize_layer: _QuantizeLayer,
+) -> int:
     """Quantize shard by shard; fills in the layers' results. Returns the bytes of the files written."""
     if not model.path.is_dir():
         _write_shard(model.shards[0], target, layers, quantize_layer)
@@ -182,17 +192,21 @@ def _write(model: Model, target: Path, layers: dict[str, _Layer], quantize_layer
     try:
         copy_other_files(model.path, staging)
         weight_map: dict[str, str] = {}
+        modules: dict[str, dict[str, Any]] = {}
         tensor_bytes = 0
         for shard in model.shards:
             written = staging / shard.path.name
             _write_shard(shard, written, layers, quantize_layer)
-            with Reader(written) as reader:
-                weight_map.update(dict.fromkeys(reader.stored_names, written.name))
-                tensor_bytes += reader.tensor_bytes
+            own, names, nbytes = written_modules(written)
+            modules.update(own)
+            weight_map.update(dict.fromkeys(names, written.name))
+            tensor_bytes += nbytes
         if model.sharded:
             index = {"metadata": {"total_size": tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             with replace_file(staging / INDEX_FILE) as file:
                 file.write(json.dumps(index, indent=2).encode())
+        if config is not None:
+            write_config(staging, config, modules)
         move_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

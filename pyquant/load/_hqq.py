@@ -82,6 +82,17 @@ def _shape(parts: Parts) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
+def pack_hqq_codes(codes: torch.Tensor, packing: str) -> torch.Tensor:
+    """uint8 [rows, columns] -> HQQ's elements [ceil(rows / count), columns]; the inverse of what :func:`hqq` reads."""
+    dtype, bits, count, first = _PACKINGS[packing]
+    height = -(-codes.shape[0] // count)
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, count * height - codes.shape[0])).to(torch.int32)
+    packed = torch.zeros(height, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for i, part in enumerate(padded.view(count, height, -1)):
+        packed |= part << (first - i * bits)
+    return packed.to(dtype)
+
+
 def _codes(parts: Parts, packing: str, rows: int, columns: int) -> torch.Tensor:
     """uint8 [rows, columns]: part i of the rows stands at shift ``first - i * bits`` of the elements."""
     dtype, bits, count, first = _PACKINGS[packing]
