@@ -84,10 +84,8 @@ def _regroup(w: QuantizedWeight, top: int, bottom: int, left: int, right: int, c
         w = _without_nesting(w)
     rows = torch.arange(top, bottom, device=w.device)[:, None]
     columns = torch.arange(left, right, size, device=w.device)[None, :]
-    if w.flat_scales:
-        index = (rows * w.k + columns) // w.group_size
-    else:
-        index = rows * w.groups + columns // w.group_size
+    flat, by_row = (rows * w.k + columns) // w.group_size, rows * w.groups + columns // w.group_size
+    index = flat if w.flat_scales else by_row
     parts = {name: t.reshape(-1)[index] for name in ("scales", "zeros") if (t := getattr(w, name)) is not None}
     return replace(w, n=bottom - top, k=k, group_size=size, codes=codes, **parts)
 

@@ -14,6 +14,7 @@ from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
 _PREFIX = "weight."
+_PERMUTATION = "permutation"
 
 
 class QuantLinear(nn.Module):
@@ -21,13 +22,25 @@ class QuantLinear(nn.Module):
 
     Made by :meth:`from_linear` or :meth:`from_quantized`. The packed tensors are buffers, so they follow
     ``.to(device)``; ``.to(dtype)`` changes the bias only. ``state_dict`` holds the canonical weight
-    (``QuantizedWeight.state_dict`` under ``weight.``) and the bias; ``load_state_dict`` takes the same, of any format
-    and group size.
+    (``QuantizedWeight.state_dict`` under ``weight.``), the bias and the permutation; ``load_state_dict`` takes the
+    same, of any format and group size.
+
+    Attributes:
+        permutation: int64 [K] for act-order (GPTQ ``desc_act``), else None: column ``j`` of ``weight`` belongs to input
+            ``permutation[j]``, so that ``y = x[..., permutation] @ dequant(weight)^T + bias``.
     """
 
-    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+    bias: nn.Parameter | None
+    permutation: torch.Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
+        if permutation is not None:
+            _check_permutation(permutation, weight.k, _PERMUTATION)
         self._set_weight(weight)
+        self._set_permutation(permutation)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
     @classmethod
@@ -40,9 +53,15 @@ class QuantLinear(nn.Module):
         return cls.from_quantized(weight, bias).train(module.training)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
-        """A layer of a canonical weight."""
-        return cls(weight.pack(), bias)
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
+    ) -> QuantLinear:
+        """A layer of a canonical weight; of a ``LoadedLayer``: its ``weight``, ``bias`` and ``permutation``.
+
+        Raises:
+            ValueError: when ``permutation`` is none of K inputs.
+        """
+        return cls(weight.pack(), bias, permutation)
 
     @property
     def weight(self) -> PackedWeight:
@@ -60,6 +79,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # As pyquant.linear(x, self.weight, self.bias), without building a PackedWeight in every call.
         b = self._buffers
+        permutation = b[_PERMUTATION]
+        if permutation is not None:
+            x = permute(x, permutation)
         tensors = (b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"))
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
@@ -67,7 +89,8 @@ class QuantLinear(nn.Module):
         return gemm(x, tensors, bias, self._integers)
 
     def extra_repr(self) -> str:
-        return f"{self.weight!r}, bias={self.bias is not None}"
+        act_order = ", act_order=True" if self.permutation is not None else ""
+        return f"{self.weight!r}, bias={self.bias is not None}{act_order}"
 
     def _set_weight(self, weight: PackedWeight) -> None:
         w = weight
@@ -78,6 +101,12 @@ class QuantLinear(nn.Module):
             del self._buffers[name]
         for name, tensor in w.tensors().items():
             self.register_buffer("_" + name, tensor, persistent=False)
+
+    def _set_permutation(self, permutation: torch.Tensor | None) -> None:
+        if permutation is not None:
+            permutation = permutation.to(self._buffers["_codes"].device)  # type: ignore[union-attr]
+        self._buffers.pop(_PERMUTATION, None)
+        self.register_buffer(_PERMUTATION, permutation, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         # Scales and codebooks are part of the stored weight: .half() and .to(dtype) must not round them. As bytes
@@ -96,6 +125,8 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(self.weight.unpack().state_dict(prefix + _PREFIX))
+        if self.permutation is not None:
+            destination[prefix + _PERMUTATION] = self.permutation
 
     def _load_from_state_dict(
         self,
@@ -109,7 +140,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         own = prefix + _PREFIX
         canonical = {name: state_dict[name] for name in list(state_dict) if name.startswith(own)}
-        rest = {name: t for name, t in state_dict.items() if name not in canonical}
+        permutation = state_dict.get(prefix + _PERMUTATION)
+        rest = {name: t for name, t in state_dict.items() if name not in canonical and name != prefix + _PERMUTATION}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if not canonical:
             missing_keys.append(own + "quant_spec")
@@ -127,7 +159,28 @@ class QuantLinear(nn.Module):
                 f"got {list(weight.shape)}"
             )
             return
+        if permutation is not None:
+            try:
+                _check_permutation(permutation, weight.k, prefix + _PERMUTATION)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
         self._set_weight(weight.pack(self.weight.device))
+        self._set_permutation(permutation)
+
+
+def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """``x[..., permutation]``; an x of another K as it is, for ``gemm`` to refuse: the gather would take a wider one."""
+    return x.index_select(-1, permutation) if x.shape[-1:] == permutation.shape else x
+
+
+def _check_permutation(permutation: torch.Tensor, k: int, name: str) -> None:
+    if permutation.dtype != torch.int64 or permutation.shape != (k,):
+        got = f"{permutation.dtype} {list(permutation.shape)}"
+        raise ValueError(f"QuantLinear: {name}: expected torch.int64 [{k}], got {got}")
+    natural = torch.arange(k, device=permutation.device)
+    if not permutation.is_meta and not torch.equal(permutation.sort().values, natural):
+        raise ValueError(f"QuantLinear: {name}: expected each of 0..{k - 1} once, got some twice or out of range")
 
 
 def quantize_model(

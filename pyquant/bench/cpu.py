@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from ..nn import QuantLinear
 from ..ops import linear, op_arguments
-from ..quantize import quantize
 from ..weight import PackedWeight
 from .format_spec import FormatSpec
 from .problem import Problem
@@ -138,8 +137,8 @@ def time_calls(calls: Sequence[Call], x: torch.Tensor, seconds: float) -> list[f
 def call_overhead(calls: int = 20_000) -> dict[str, float]:
     """Seconds of a call on one row of x and a 64 x 64 weight, in inference mode, by name of what is called.
 
-    The operator and ``pyquant.linear`` stand beside ``F.linear``, the modules beside ``nn.Linear``: what a module adds is
-    its row less the operator's. The kernel's part is below 2 us. All take turns; the figure is the best of 10 rounds.
+    What ``QuantLinear`` adds is its row less the operator's, to be compared with ``nn.Linear`` less ``F.linear``. The
+    kernel's part is below 2 us. All take turns; the figure is the best of 10 rounds.
     """
     dense = torch.nn.Linear(64, 64, bias=False)
     module = QuantLinear.from_linear(dense, "nf4")

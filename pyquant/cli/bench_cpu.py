@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..bench.cpu import Measurement, measure, call_overhead
+from ..bench.cpu import Measurement, call_overhead, measure
 from ..bench.format_spec import FormatSpec
 from ..bench.problem import Problem
 from .output import print_json, print_table, progress
