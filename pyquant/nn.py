@@ -170,7 +170,7 @@ class QuantLinear(nn.Module):
 
 
 def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-    """``x[..., permutation]``; an x of another K as it is, for ``gemm`` to refuse: the gather would take a wider one."""
+    """``x[..., permutation]``; an x of another K as it is, for ``gemm`` to refuse: a gather takes a wider one."""
     return x.index_select(-1, permutation) if x.shape[-1:] == permutation.shape else x
 
 

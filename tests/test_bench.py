@@ -528,7 +528,6 @@ def test_the_module_adds_few_microseconds_to_the_operator() -> None:
     result = run("--overhead", "--threads", 1, "--json")
     assert result.exit_code == 0, result.output
     us = json.loads(result.stdout)
-    assert 0 < us["torch.ops.pyquant.gemm_us"]
-    assert (
-        us["pyquant.nn.QuantLinear_us"] - us["torch.ops.pyquant.gemm_us"] <= us["nn.Linear_us"] - us["F.linear_us"] + 3
-    )
+    assert min(us.values()) > 0
+    torchs = us["nn.Linear_us"] - us["F.linear_us"]
+    assert us["pyquant.nn.QuantLinear_us"] - us["torch.ops.pyquant.gemm_us"] <= torchs + 3
