@@ -30,6 +30,7 @@ class QuantLinear(nn.Module):
             ``permutation[j]``, so that ``y = x[..., permutation] @ dequant(weight)^T + bias``.
     """
 
+    is_parallel = False  # whether the weight is one rank's part: pyquant.parallel
     bias: nn.Parameter | None
     permutation: torch.Tensor | None
 

@@ -53,6 +53,8 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
 
 
 class _ColwiseQuantLinear(QuantLinear):
+    is_parallel = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Each rank's gradient of x is the part that its rows give.
         assert isinstance(x, DTensor)  # the hook before made it one
@@ -65,6 +67,8 @@ class _ColwiseQuantLinear(QuantLinear):
 
 
 class _RowwiseQuantLinear(QuantLinear):
+    is_parallel = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(x, DTensor)
         local = linear(x.to_local(), self.weight)
@@ -74,7 +78,7 @@ class _RowwiseQuantLinear(QuantLinear):
 
 
 def _shard(module: QuantLinear, mesh: DeviceMesh, dim: int, bias: Placement, src_data_rank: int | None) -> None:
-    if type(module) is not QuantLinear:
+    if module.is_parallel:
         raise ValueError(f"parallelize_module: {module} is parallel already")
     try:
         weight = module.weight.shard(dim, mesh.get_local_rank(), mesh.size())

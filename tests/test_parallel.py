@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VARIANTS, random_weight
+from lora_cases import add_lora
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
@@ -156,3 +158,58 @@ def test_two_gpus(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     run_ranks(run_checks, tmp_path, "cuda")
+
+
+# ---- FSDP2
+
+
+def train(model: nn.Module, batches: list[torch.Tensor], targets: list[torch.Tensor]) -> list[float]:
+    """A few steps of AdamW on what trains, one batch each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for x, target in zip(batches, targets, strict=True):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def check_fsdp(mesh: DeviceMesh) -> None:
+    """LoRA on sharded parameters learns what it learns in one process on both ranks' batches."""
+    device = mesh.device_type
+    reference = add_lora(nn.Sequential(*[quantize_model(MLP(), "nf4", nested=True) for _ in range(2)])).to(device)
+    model = copy.deepcopy(reference)
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batches = [torch.randn(8, 128, device=device) for _ in range(5)]
+    targets = [torch.randn(8, 128, device=device) for _ in range(5)]
+    rank = mesh.get_local_rank()
+    train(model, [x.chunk(2)[rank] for x in batches], [t.chunk(2)[rank] for t in targets])
+    before = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    train(reference, batches, targets)
+    sharded = dict(model.named_parameters())
+    trained = 0
+    for name, parameter in reference.named_parameters():
+        assert isinstance(sharded[name], DTensor)
+        assert sharded[name].to_local().numel() <= -(-parameter.numel() // 2)
+        torch.testing.assert_close(whole(sharded[name]), parameter, rtol=1e-3, atol=1e-5)
+        if parameter.requires_grad:
+            assert not torch.allclose(parameter, before[name], rtol=0, atol=1e-3)
+            trained += 1
+    assert trained == 8
+    for a, b in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fsdp2_on_two_ranks(tmp_path: Path) -> None:
+    run_ranks(check_fsdp, tmp_path)
+
+
+@pytest.mark.gpu
+def test_fsdp2_on_two_gpus(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run_ranks(check_fsdp, tmp_path, "cuda")
