@@ -139,7 +139,29 @@ def check_state_dict(mesh: DeviceMesh) -> None:
     assert same(other(x), reference(x))
 
 
-CHECKS = [check_tensor_parallel, check_layouts, check_plain_linear, check_act_order, check_errors, check_state_dict]
+def check_compiled(mesh: DeviceMesh) -> None:
+    """The split model and its collectives in one graph, forward and backward."""
+    reference = quantize_model(MLP(), "nf4").to(mesh.device_type)
+    model = parallelize_module(copy.deepcopy(reference), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 128, device=mesh.device_type)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = compiled(a), reference(b)
+    assert same(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    assert same(whole(a.grad), whole(b.grad))
+
+
+CHECKS = [
+    check_tensor_parallel,
+    check_layouts,
+    check_plain_linear,
+    check_act_order,
+    check_errors,
+    check_state_dict,
+    check_compiled,
+]
 
 
 def run_checks(mesh: DeviceMesh) -> None:
