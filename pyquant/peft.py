@@ -60,12 +60,12 @@ class LoraQuantLinear(LoraLinear):
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None}
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         if config.init_lora_weights not in _INITS:
             expected = ", ".join(map(repr, _INITS))
             got = config.init_lora_weights
             raise ValueError(f"LoraQuantLinear: init_lora_weights: expected one of {expected}, got {got!r}")
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight, which is quantized again.
@@ -98,7 +98,8 @@ class LoraQuantLinear(LoraLinear):
             if self.lora_bias[adapter]:
                 if base.bias is None:
                     raise ValueError("LoraQuantLinear: merge: lora_bias needs a layer with a bias, got none")
-                base.bias.data += (self.lora_B[adapter].bias.detach() * self.scaling[adapter]).to(base.bias.dtype)
+                bias = self.lora_B[adapter].get_parameter("bias").detach() * self.scaling[adapter]
+                base.bias.data += bias.to(base.bias.dtype)
             base._set_weight(merged.pack())
             if not self.merged_adapters:
                 self._before = before
@@ -117,7 +118,8 @@ class LoraQuantLinear(LoraLinear):
         del self._before
 
     def _base(self) -> QuantLinear:
-        base: QuantLinear = self.get_base_layer()
+        base = self.get_base_layer()
+        assert isinstance(base, QuantLinear)
         return base
 
     # What PEFT asks of a layer's weight tensor.

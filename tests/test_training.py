@@ -112,7 +112,20 @@ def test_a_step_keeps_no_more_than_bitsandbytes(dtype: torch.dtype) -> None:
     assert max(t.numel() for t in kept_for_backward(model, dequantized)) == weight
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_a_step_keeps_no_more_than_bitsandbytes_itself() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+
+    def kept_bytes(base: nn.Module) -> int:
+        torch.manual_seed(0)
+        model, x = LoRA(base), torch.randn(6, 128, dtype=torch.bfloat16, requires_grad=True)
+        return sum(t.nbytes for t in kept_for_backward(model, lambda: model(x)))
+
+    theirs = bitsandbytes.nn.Linear4bit(128, 192, compute_dtype=torch.bfloat16, quant_type="nf4")
+    mine = QuantLinear.from_linear(nn.Linear(128, 192), "nf4", nested=True)
+    assert kept_bytes(mine) <= kept_bytes(theirs.to("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", "inductor"])
 def test_compiled_step(backend: str) -> None:
     """Forward and backward as graphs of any number of tokens. Also Inductor's partition between the two, which may move
     work of the backward pass into the forward one, keeps no dequantized weight."""
