@@ -108,3 +108,18 @@ def test_without_act_order_nothing_is_stored() -> None:
     layer = QuantLinear.from_quantized(random_weight(PLAIN, 33, 70))
     assert layer.permutation is None
     assert "act_order" not in repr(layer)
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_on_the_gpu(dtype: torch.dtype) -> None:
+    """A layer that moves takes its permutation along; one that is loaded on the GPU has it there."""
+    layer, exact = make_layer().to("cuda"), loaded().dequantize().double().cuda()
+    x = torch.randn(5, 128, device="cuda").to(dtype)
+    assert_within_budget(layer(x).detach(), x, exact, layer.bias.detach().to(dtype), dense=True)
+    other = QuantLinear.from_quantized(random_weight(PLAIN, 32, 128)).cuda()
+    other.bias = torch.nn.Parameter(torch.zeros(32, device="cuda"))
+    other.load_state_dict(make_layer().state_dict())
+    assert other.permutation is not None
+    assert other.permutation.is_cuda
+    assert torch.equal(other(x), layer(x))

@@ -157,3 +157,16 @@ def test_a_range_outside_is_an_error(start: int, length: int) -> None:
     weight = random_weight(variant("nf4-fp32"), 32, 64)
     with pytest.raises(ValueError, match=rf"narrow: expected a part of N=32, got {start} \.\. {start + length}"):
         weight.narrow(0, start, length)
+
+
+@pytest.mark.gpu
+@each_variant
+def test_on_the_gpu(variant: Variant) -> None:
+    """The same parts as on the CPU, bit for bit."""
+    weight = random_weight(variant, 64, 256)
+    for dim in (0, 1):
+        expected = weight.shard(dim, 1, 2)
+        packed = weight.pack("cuda").shard(dim, 1, 2)
+        assert packed.device.type == "cuda"
+        assert same_weight(packed.unpack().to("cpu"), expected)
+        assert torch.equal(packed.dequantize().cpu(), expected.dequantize())
