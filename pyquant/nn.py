@@ -146,6 +146,8 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if not canonical:
             missing_keys.append(own + "quant_spec")
+            if permutation is not None:
+                unexpected_keys.append(prefix + _PERMUTATION)
             return
         known = {own + name for name in (*QuantizedWeight.TENSORS, "quant_spec")}
         unexpected_keys += [name for name in canonical if name not in known and strict]

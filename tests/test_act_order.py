@@ -70,6 +70,14 @@ def test_state_dict_round_trips_with_and_without() -> None:
     assert torch.equal(model["a"](x), ordered(x))
 
 
+def test_a_permutation_without_its_weight_is_reported() -> None:
+    layer, x = make_layer(), torch.randn(5, 128)
+    before = layer(x)
+    result = layer.load_state_dict({"permutation": torch.arange(128)}, strict=False)
+    assert result.unexpected_keys == ["permutation"]
+    assert torch.equal(layer(x), before)
+
+
 def test_copies_and_casts_keep_it() -> None:
     layer, x = make_layer(), torch.randn(5, 128)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
