@@ -62,6 +62,19 @@ def test_one_graph_for_any_number_of_tokens(format: str) -> None:
     assert not counters["graph_break"]
 
 
+def test_a_single_token_is_the_one_other_graph() -> None:
+    """torch compiles sizes of 1 on their own."""
+    block = Block("nf4")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for count in (5, 1, 9, 1, 33):
+            x = tokens(count)
+            torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_changing_batch_compiles_twice_at_most() -> None:
     """Without dynamic=True: the second shape makes the size dynamic, the third compiles nothing."""
     block = Block("nf4")
