@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
@@ -17,8 +18,9 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     """torch's ``ColwiseParallel``, also for :class:`pyquant.nn.QuantLinear`: each rank has N / ranks rows.
 
     Arguments and layouts are torch's: x replicated, y sharded on its last dimension unless told otherwise. Every rank
-    holds the whole layer before and its part of it after; the bias becomes a ``DTensor``, the weight stays the rank's
-    own. Its ``state_dict`` holds the part.
+    has a whole layer before, of one format and shape, and its part of ``src_data_rank``'s layer after
+    (``parallelize_module(..., src_data_rank=None)``: of its own). The bias becomes a ``DTensor``; the weight does not,
+    and the ``state_dict`` of a rank holds its part.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -80,14 +82,22 @@ class _RowwiseQuantLinear(QuantLinear):
 def _shard(module: QuantLinear, mesh: DeviceMesh, dim: int, bias: Placement, src_data_rank: int | None) -> None:
     if module.is_parallel:
         raise ValueError(f"parallelize_module: {module} is parallel already")
+    whole = module.weight
+    if src_data_rank is not None:
+        whole = whole.map_tensors(torch.clone)  # the buffers may be someone else's too
+        tensors = [*whole.tensors().values()]
+        if module.permutation is not None:
+            module.permutation = module.permutation.clone()
+            tensors.append(module.permutation)
+        for tensor in tensors:
+            dist.broadcast(tensor, group=mesh.get_group(), group_src=src_data_rank)
     try:
-        weight = module.weight.shard(dim, mesh.get_local_rank(), mesh.size())
+        weight = whole.shard(dim, mesh.get_local_rank(), mesh.size())
     except ValueError as error:
         raise ValueError(f"parallelize_module: {module}: {error}") from error
     if module.bias is not None:
-        whole = module.bias
-        part = distribute_tensor(whole, mesh, [bias], src_data_rank=src_data_rank)
-        module.bias = nn.Parameter(part, requires_grad=whole.requires_grad)
+        part = distribute_tensor(module.bias, mesh, [bias], src_data_rank=src_data_rank)
+        module.bias = nn.Parameter(part, requires_grad=module.bias.requires_grad)
     module._set_weight(weight)
 
 

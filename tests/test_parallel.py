@@ -139,6 +139,25 @@ def check_state_dict(mesh: DeviceMesh) -> None:
     assert same(other(x), reference(x))
 
 
+def check_source_rank(mesh: DeviceMesh) -> None:
+    """Layers that differ: all get parts of rank 0's, as with torch's styles; with None each has a part of its own."""
+    rank = mesh.get_local_rank()
+    layers = [
+        QuantLinear.from_quantized(random_weight(VARIANTS[0], 64, 128, seed=i), torch.ones(64) * i) for i in (0, 1)
+    ]
+    order = torch.randperm(128)
+    layers += [QuantLinear.from_quantized(random_weight(VARIANTS[0], 64, 128), None, p) for p in (order, order.flip(0))]
+    for first, second in (layers[:2], layers[2:]):
+        first, second = first.to(mesh.device_type), second.to(mesh.device_type)
+        mine = (first, second)[rank]
+        x = torch.randn(3, 128, device=mesh.device_type)
+        y = parallelize_module(copy.deepcopy(mine), mesh, ColwiseParallel())(x)
+        assert same(y, first(x).chunk(2, dim=-1)[rank])
+        own = parallelize_module(copy.deepcopy(mine), mesh, ColwiseParallel(), src_data_rank=None)(x)
+        assert same(own, mine(x).chunk(2, dim=-1)[rank])
+        assert not same(first(x), second(x))
+
+
 def check_compiled(mesh: DeviceMesh) -> None:
     """The split model and its collectives in one graph, forward and backward."""
     reference = quantize_model(MLP(), "nf4").to(mesh.device_type)
@@ -160,6 +179,7 @@ CHECKS = [
     check_act_order,
     check_errors,
     check_state_dict,
+    check_source_rank,
     check_compiled,
 ]
 
