@@ -25,6 +25,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, QuantLinear):
+            _refuse_packed_bytes(module)
             return super()._apply(module, device_mesh)
         _shard(module, device_mesh, 0, Shard(0), self.src_data_rank)
         module.__class__ = _ColwiseQuantLinear
@@ -36,11 +37,12 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
     """torch's ``RowwiseParallel``, also for ``pyquant.nn.QuantLinear``: each rank has K / ranks columns.
 
     Arguments and layouts are torch's: x sharded on its last dimension, y replicated unless told otherwise. Partial
-    sums are added in x's dtype, and the bias after them. Otherwise as :class:`ColwiseParallel`.
+    sums, one of them with the bias, are added in x's dtype. Otherwise as :class:`ColwiseParallel`.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, QuantLinear):
+            _refuse_packed_bytes(module)
             return super()._apply(module, device_mesh)
         if module.permutation is not None:
             raise ValueError(
@@ -77,6 +79,15 @@ class _RowwiseQuantLinear(QuantLinear):
         y = DTensor.from_local(local, x.device_mesh, [Partial()], run_check=False)
         # Stays partial, so that the output's layout decides between all-reduce and reduce-scatter.
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _refuse_packed_bytes(module: nn.Module) -> None:
+    # bitsandbytes' Linear4bit is an nn.Linear: torch's styles would split its bytes.
+    if getattr(module._parameters.get("weight"), "quant_state", None) is not None:
+        raise ValueError(
+            f"parallelize_module: {module}: expected a QuantLinear or a module of torch, got packed bytes of "
+            "bitsandbytes; read its checkpoint with pyquant.load and make a QuantLinear of each layer"
+        )
 
 
 def _shard(module: QuantLinear, mesh: DeviceMesh, dim: int, bias: Placement, src_data_rank: int | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes_cases import Linear4bit
 from conftest import VARIANTS, random_weight
 from lora_cases import add_lora
 from ranks import run_ranks
@@ -122,6 +123,9 @@ def check_errors(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=message):
             parallelize_module(module, mesh, style)
         assert torch.equal(module(x), before)
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        with pytest.raises(ValueError, match=r"parallelize_module: Linear4bit\(.*got packed bytes of bitsandbytes"):
+            parallelize_module(Linear4bit(64, 64).to(mesh.device_type), mesh, style)
     twice = parallelize_module(layer(64, 128), mesh, ColwiseParallel())
     with pytest.raises(ValueError, match="is parallel already"):
         parallelize_module(twice, mesh, ColwiseParallel())
