@@ -70,7 +70,7 @@ def _take(w: QuantizedWeight, first: int, last: int) -> QuantizedWeight:
 def _columns(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     bits = w.format.bits
     if start * bits % 8 == 0 and (stop * bits % 8 == 0 or stop == w.k):
-        codes = w.codes[:, start * bits // 8 : -(-stop * bits // 8)].contiguous()
+        codes = w.codes[:, start * bits // 8 : -(-stop * bits // 8)].clone(memory_format=torch.contiguous_format)
     else:
         codes = pack_codes(unpack_codes(w.codes, w.k, bits)[:, start:stop], bits)
     return _regroup(w, 0, w.n, start, stop, codes)

@@ -107,7 +107,9 @@ def test_codes_that_do_not_start_at_a_byte(name: str) -> None:
 
 def test_a_part_does_not_keep_the_whole_alive() -> None:
     weight = random_weight(variant("nf4-nested"), 256, 256)
-    for part in (weight.narrow(0, 128, 128), weight.narrow(0, 0, 256), weight.narrow(1, 128, 128)):
+    row = weight.narrow(0, 0, 1)
+    parts = [weight.narrow(0, 128, 128), weight.narrow(0, 0, 256), weight.narrow(1, 128, 128), row.narrow(1, 128, 128)]
+    for part in parts:
         for name, tensor in part.tensors().items():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
             if name in ("codes", "scales"):
