@@ -37,4 +37,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     export(arguments.package, arguments.device)
-    print(f"{arguments.package}: {arguments.package.stat().st_size} bytes; operators: {pyquant._library.TORCH_OPS}")
+    print(f"{arguments.package}: {arguments.package.stat().st_size} bytes")
