@@ -183,7 +183,7 @@ def _check_permutation(permutation: torch.Tensor, k: int, name: str) -> None:
         raise ValueError(f"QuantLinear: {name}: expected torch.int64 [{k}], got {got}")
     natural = torch.arange(k, device=permutation.device)
     if not permutation.is_meta and not torch.equal(permutation.sort().values, natural):
-        raise ValueError(f"QuantLinear: {name}: expected each of 0..{k - 1} once, got some twice or out of range")
+        raise ValueError(f"QuantLinear: {name}: expected every number from 0 to {k - 1} once")
 
 
 def quantize_model(

@@ -90,8 +90,8 @@ def test_copies_and_casts_keep_it() -> None:
     [
         (torch.arange(127), r"expected torch.int64 \[128\], got torch.int64 \[127\]"),
         (torch.arange(128).int(), r"expected torch.int64 \[128\], got torch.int32 \[128\]"),
-        (torch.zeros(128, dtype=torch.int64), r"expected each of 0\.\.127 once"),
-        (torch.arange(128) + 1, r"expected each of 0\.\.127 once"),
+        (torch.zeros(128, dtype=torch.int64), "expected every number from 0 to 127 once"),
+        (torch.arange(128) + 1, "expected every number from 0 to 127 once"),
     ],
     ids=["short", "int32", "repeated", "out of range"],
 )
