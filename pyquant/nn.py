@@ -14,6 +14,7 @@ from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
 
 _PREFIX = "weight."
+_PERMUTATION = "permutation"
 
 
 class QuantLinear(nn.Module):
@@ -24,23 +25,23 @@ class QuantLinear(nn.Module):
     (``QuantizedWeight.state_dict`` under ``weight.``), the bias and the permutation; ``load_state_dict`` takes the
     same, of any format and group size.
 
-    Args:
-        weight: [N, K].
-        bias: [N].
-        permutation: int64 [K] of act-order (:class:`pyquant.load.LoadedLayer`), on the weight's device: the weight is
-            applied to ``x[..., permutation]``.
+    Attributes:
+        permutation: int64 [K] for act-order (GPTQ ``desc_act``), else None: column ``j`` of ``weight`` belongs to input
+            ``permutation[j]``, so that ``y = x[..., permutation] @ dequant(weight)^T + bias``.
     """
 
+    is_parallel = False  # whether the weight is one rank's part: pyquant.parallel
+    bias: nn.Parameter | None
     permutation: torch.Tensor | None
 
     def __init__(
         self, weight: PackedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        self._set_weight(weight)
         if permutation is not None:
-            _check_permutation(permutation, weight.k, "QuantLinear: permutation")
-        self.register_buffer("permutation", permutation)
+            _check_permutation(permutation, weight.k, _PERMUTATION)
+        self._set_weight(weight)
+        self._set_permutation(permutation)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
     @classmethod
@@ -56,7 +57,11 @@ class QuantLinear(nn.Module):
     def from_quantized(
         cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, permutation: torch.Tensor | None = None
     ) -> QuantLinear:
-        """A layer of a canonical weight."""
+        """A layer of a canonical weight; of a ``LoadedLayer``: its ``weight``, ``bias`` and ``permutation``.
+
+        Raises:
+            ValueError: when ``permutation`` is none of K inputs.
+        """
         return cls(weight.pack(), bias, permutation)
 
     @property
@@ -75,17 +80,18 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # As pyquant.linear(x, self.weight, self.bias), without building a PackedWeight in every call.
         b = self._buffers
+        permutation = b[_PERMUTATION]
+        if permutation is not None:
+            x = permute(x, permutation)
         tensors = (b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"))
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
-        permutation = b["permutation"]
-        if permutation is not None:
-            x = x.index_select(-1, permutation)
         return gemm(x, tensors, bias, self._integers)
 
     def extra_repr(self) -> str:
-        return f"{self.weight!r}, bias={self.bias is not None}"
+        act_order = ", act_order=True" if self.permutation is not None else ""
+        return f"{self.weight!r}, bias={self.bias is not None}{act_order}"
 
     def _set_weight(self, weight: PackedWeight) -> None:
         w = weight
@@ -96,6 +102,12 @@ class QuantLinear(nn.Module):
             del self._buffers[name]
         for name, tensor in w.tensors().items():
             self.register_buffer("_" + name, tensor, persistent=False)
+
+    def _set_permutation(self, permutation: torch.Tensor | None) -> None:
+        if permutation is not None:
+            permutation = permutation.to(self._buffers["_codes"].device)  # type: ignore[union-attr]
+        self._buffers.pop(_PERMUTATION, None)
+        self.register_buffer(_PERMUTATION, permutation, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         # Scales and codebooks are part of the stored weight: .half() and .to(dtype) must not round them. As bytes
@@ -114,6 +126,8 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(self.weight.unpack().state_dict(prefix + _PREFIX))
+        if self.permutation is not None:
+            destination[prefix + _PERMUTATION] = self.permutation
 
     def _load_from_state_dict(
         self,
@@ -127,20 +141,18 @@ class QuantLinear(nn.Module):
     ) -> None:
         own = prefix + _PREFIX
         canonical = {name: state_dict[name] for name in list(state_dict) if name.startswith(own)}
-        rest = {name: t for name, t in state_dict.items() if name not in canonical}
-        permutation = rest.pop(prefix + "permutation", None)
-        before, self.permutation = self.permutation, None
+        permutation = state_dict.get(prefix + _PERMUTATION)
+        rest = {name: t for name, t in state_dict.items() if name not in canonical and name != prefix + _PERMUTATION}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self.permutation = before
         if not canonical:
             missing_keys.append(own + "quant_spec")
+            if permutation is not None:
+                unexpected_keys.append(prefix + _PERMUTATION)
             return
         known = {own + name for name in (*QuantizedWeight.TENSORS, "quant_spec")}
         unexpected_keys += [name for name in canonical if name not in known and strict]
         try:
             weight = QuantizedWeight.from_state_dict(canonical, own)
-            if permutation is not None:
-                _check_permutation(permutation, weight.k, f"QuantLinear: {prefix}permutation")
         except ValueError as error:
             error_msgs.append(str(error))
             return
@@ -150,16 +162,28 @@ class QuantLinear(nn.Module):
                 f"got {list(weight.shape)}"
             )
             return
-        device = self.weight.device
-        self._set_weight(weight.pack(device))
-        self.permutation = None if permutation is None else permutation.to(device, copy=True)
+        if permutation is not None:
+            try:
+                _check_permutation(permutation, weight.k, prefix + _PERMUTATION)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+        self._set_weight(weight.pack(self.weight.device))
+        self._set_permutation(permutation)
+
+
+def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """``x[..., permutation]``; an x of another K as it is, for ``gemm`` to refuse: a gather takes a wider one."""
+    return x.index_select(-1, permutation) if x.shape[-1:] == permutation.shape else x
 
 
 def _check_permutation(permutation: torch.Tensor, k: int, name: str) -> None:
     if permutation.dtype != torch.int64 or permutation.shape != (k,):
-        raise ValueError(f"{name}: expected torch.int64 [{k}], got {permutation.dtype} {list(permutation.shape)}")
-    if not torch.equal(permutation.sort().values, torch.arange(k, device=permutation.device)):
-        raise ValueError(f"{name}: expected every number from 0 to {k - 1} once")
+        got = f"{permutation.dtype} {list(permutation.shape)}"
+        raise ValueError(f"QuantLinear: {name}: expected torch.int64 [{k}], got {got}")
+    natural = torch.arange(k, device=permutation.device)
+    if not permutation.is_meta and not torch.equal(permutation.sort().values, natural):
+        raise ValueError(f"QuantLinear: {name}: expected every number from 0 to {k - 1} once")
 
 
 def quantize_model(

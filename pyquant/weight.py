@@ -173,6 +173,35 @@ class QuantizedWeight(_Weight):
 
         return ops.pack(self if device is None else self.to(device))
 
+    def narrow(self, dim: int, start: int, length: int) -> QuantizedWeight:
+        """A part as a weight of its own, as ``torch.narrow`` but copied: its values are this weight's, bit for bit.
+
+        Where a part's edge lies inside a group, the part has smaller groups that repeat the scale. Nested scales
+        become fp32 where 256 consecutive ones of the part do not share a second-level scale: always along K, along N
+        where the part does not start at a multiple of 256 scales.
+
+        Args:
+            dim: 0 for rows (N), 1 for columns (K).
+            start: the first row or column.
+            length: how many.
+
+        Raises:
+            ValueError: on a range outside of the weight, or when the format has no group size that the part needs.
+        """
+        from ._narrow import narrow
+
+        return narrow(self, dim, start, length)
+
+    def shard(self, dim: int, rank: int, world_size: int) -> QuantizedWeight:
+        """Part ``rank`` of ``world_size`` equal parts along ``dim``, for tensor parallelism; as :meth:`narrow`.
+
+        Raises:
+            ValueError: when N (``dim`` 0) or K (``dim`` 1) does not divide by ``world_size``, or as :meth:`narrow`.
+        """
+        from ._narrow import shard
+
+        return shard(self, dim, rank, world_size)
+
     def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """All there is to store, as tensors: the fields and ``quant_spec``, int64 [7] (version, format id, scale
         type, zero type, group size, N, K). For ``load_state_dict``, safetensors and C++ readers alike."""
@@ -269,6 +298,14 @@ class PackedWeight(_Weight):
         from . import ops
 
         return ops.unpack(self)
+
+    def narrow(self, dim: int, start: int, length: int) -> PackedWeight:
+        """As :meth:`QuantizedWeight.narrow`, through :meth:`unpack`: for use once, not in every call."""
+        return self.unpack().narrow(dim, start, length).pack()
+
+    def shard(self, dim: int, rank: int, world_size: int) -> PackedWeight:
+        """As :meth:`QuantizedWeight.shard`, through :meth:`unpack`: for use once, not in every call."""
+        return self.unpack().shard(dim, rank, world_size).pack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in ``dtype``, by the kernel."""

@@ -529,3 +529,13 @@ def test_bench_on_a_gpu(tmp_path: Path) -> None:
         (provider, m, "passed") for provider in ("cublas_bf16", "tinygemm") for m in (1, 16)
     ]
     assert all(0.5 < r.us < 1000 and r.gpu == torch.cuda.get_device_name() for r in rows)
+
+
+def test_the_module_adds_few_microseconds_to_the_operator() -> None:
+    """No autograd wrapper (more than 20 us), no weight built in every call; nn.Linear's own part is the yardstick."""
+    result = run("--overhead", "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    us = json.loads(result.stdout)
+    assert min(us.values()) > 0
+    torchs = us["nn.Linear_us"] - us["F.linear_us"]
+    assert us["pyquant.nn.QuantLinear_us"] - us["torch.ops.pyquant.gemm_us"] <= torchs + 3

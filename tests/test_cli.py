@@ -446,6 +446,12 @@ def test_as_a_program(model: Path, tmp_path: Path) -> None:
     assert program("quantize", model).returncode == 2
 
 
+def test_torch_ops() -> None:
+    path = Path(run("--torch-ops").stdout.strip())
+    assert path.is_file()
+    assert path in map(Path, torch.ops.loaded_libraries)
+
+
 def test_folders_for_cmake() -> None:
     prefix, include = (Path(run(option).stdout.strip()) for option in ("--cmake-prefix", "--include"))
     assert (prefix / "__init__.py").is_file()

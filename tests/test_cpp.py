@@ -488,6 +488,7 @@ def test_parts_that_do_not_fit(cpp_server: Path, tmp_path: Path) -> None:
         refused(state | {name: tensor.double()}, name)
         refused(state | {name: torch.stack([tensor, tensor])}, name)
     refused(state | {"p.weight.zeros": state["p.weight.scales"]}, "zeros': expected none, got U8 [4, 1]")
+    refused(state | {"p.permutation": torch.arange(64)}, "p.permutation': expected none (no act-order), got I64 [64]")
     refused(state | {"p.bias": torch.ones(5)}, "'p.bias': expected F32 [4], got F32 [5]")
     int8 = torch.ones(4, dtype=torch.int8)
     refused(state | {"p.bias": int8}, "'p.bias': expected F32, F16 or BF16 [4], got I8 [4]")

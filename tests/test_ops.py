@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -509,6 +510,21 @@ def test_an_error_leaves_the_next_call_alone() -> None:
         with pytest.raises(RuntimeError, match="gemm: x has K=3"):
             linear(torch.randn(2, 3), packed)
         assert_within_budget(linear(x, packed), x, w_exact)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["a call", "a call that fails"])
+def test_a_call_without_gradients_leaves_autograd_alone(fails: bool) -> None:
+    packed, _ = packed_and_exact(PLAIN)
+    before = torch._C._dispatch_tls_local_exclude_set()
+    with torch.no_grad(), pytest.raises(RuntimeError) if fails else nullcontext():
+        linear(torch.randn(2, 3 if fails else 70), packed)
+    assert torch._C._dispatch_tls_local_exclude_set() == before
+    x = torch.randn(2, 70, requires_grad=True)
+    linear(x * 2, packed).sum().backward()
+    assert x.grad is not None
+    with torch._C._AutoDispatchBelowAutograd():  # as inside another operator
+        linear(torch.randn(2, 70), packed)
+        assert torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
 def test_fake_tensors_see_a_wrong_k() -> None:

@@ -166,4 +166,9 @@ void CanonicalLayer::load(const Contents& contents, const std::string& name) {
   weight_.nested_offset = floats("nested_offset", nested, {});
   weight_.tensor_scale = floats("tensor_scale", format.tensor_scale, {});
   bias_ = read_bias(contents, name + ".bias", weight_.n);
+  // Act-order: y would need a gather of x's columns, which this server does not do.
+  if (const Tensor* order = find(contents, name + ".permutation")) {
+    throw FileError("tensor '" + name + ".permutation': expected none (no act-order), got " +
+                    safetensors::describe(*order));
+  }
 }

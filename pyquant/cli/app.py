@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from .._library import TORCH_OPS
 from .bench import bench
 from .convert import convert
 from .info import info
@@ -19,7 +20,7 @@ from .table import table
 from .verify import verify
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_FOLDERS = {"cmake_prefix": _PACKAGE, "include": _PACKAGE / "include"}
+_PATHS = {"cmake_prefix": _PACKAGE, "include": _PACKAGE / "include", "torch_ops": TORCH_OPS}
 
 
 class _Group(click.Group):
@@ -31,18 +32,20 @@ class _Group(click.Group):
             raise click.ClickException(str(error) or type(error).__name__) from error
 
 
-def _print_folder(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+def _print_path(ctx: click.Context, option: click.Parameter, given: bool) -> None:
     if given:
-        click.echo(_FOLDERS[option.name or ""])
+        click.echo(_PATHS[option.name or ""])
         ctx.exit()
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pyquant")
-@click.option("--cmake-prefix", is_flag=True, is_eager=True, expose_value=False, callback=_print_folder,
+@click.option("--cmake-prefix", is_flag=True, is_eager=True, expose_value=False, callback=_print_path,
               help="Print the prefix for CMAKE_PREFIX_PATH and exit.")  # fmt: skip
-@click.option("--include", is_flag=True, is_eager=True, expose_value=False, callback=_print_folder,
+@click.option("--include", is_flag=True, is_eager=True, expose_value=False, callback=_print_path,
               help="Print the folder of the C and C++ headers and exit.")  # fmt: skip
+@click.option("--torch-ops", is_flag=True, is_eager=True, expose_value=False, callback=_print_path,
+              help="Print the path of the torch operators, to load without Python, and exit.")  # fmt: skip
 def main() -> None:
     """Mixed-input GEMM for PyTorch: weights in 2 to 8 bits.
 

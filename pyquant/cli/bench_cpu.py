@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..bench.cpu import Measurement, measure, operator_overhead
+from ..bench.cpu import Measurement, call_overhead, measure
 from ..bench.format_spec import FormatSpec
 from ..bench.problem import Problem
 from .output import print_json, print_table, progress
@@ -16,12 +16,11 @@ from .output import print_json, print_table, progress
 
 def run_overhead(as_json: bool) -> None:
     """The host's cost of a call."""
-    ours, torchs = operator_overhead()
-    figures = {"pyquant.linear_us": round(ours * 1e6, 2), "F.linear_us": round(torchs * 1e6, 2)}
+    figures = {f"{name}_us": round(seconds * 1e6, 2) for name, seconds in call_overhead().items()}
     if as_json:
         print_json(figures)
     else:
-        print_table("Cost of a call on a 64 x 64 weight", ("call", "us"), list(figures.items()))
+        print_table("Cost of a call on a 64 x 64 weight, inference mode", ("call", "us"), list(figures.items()))
 
 
 def run_cpu(

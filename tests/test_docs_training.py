@@ -1,0 +1,60 @@
+"""The snippets of docs/training.md and docs/parallel.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    found = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.S | re.M)
+    assert found, f"{page}: no python block"
+    return found
+
+
+def succeed(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training(tmp_path: Path) -> None:
+    """One after the other, as one program."""
+    pytest.importorskip("peft", reason="needs peft")
+    pytest.importorskip("transformers", reason="needs transformers")
+    with_peft, loading, without = blocks("training.md")
+    output = succeed([sys.executable, "-c", "\n".join([with_peft, loading, without])], tmp_path)
+    assert "trainable params" in output
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_training_without_peft(tmp_path: Path) -> None:
+    *_, without = blocks("training.md")
+    succeed([sys.executable, "-c", f"import torch\nimport pyquant\n{without}"], tmp_path)
+
+
+def test_one_process(tmp_path: Path) -> None:
+    local = [block for block in blocks("parallel.md") if not block.startswith("# torchrun")]
+    assert len(local) == 3
+    checks = "assert rows.shape == (256, 256) and columns.shape == (512, 128) and part.shape == (512, 128)"
+    succeed([sys.executable, "-c", "\n".join([*local, checks])], tmp_path)
+    assert (tmp_path / "model.pt2").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["tensor parallelism", "fsdp2"])
+def test_two_processes(index: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() == 1:
+        pytest.skip("the pages take a GPU for each of two ranks where there is one")
+    scripts = [block for block in blocks("parallel.md") if block.startswith("# torchrun")]
+    assert len(scripts) == 2
+    (tmp_path / "script.py").write_text(scripts[index])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = succeed([*torchrun, "script.py"], tmp_path)
+    assert output.count("256x256") == (2 if index == 0 else 0)
