@@ -60,7 +60,8 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
          "the parts cover K", problem);
   expect(int64_t{p.row_tiles} * p.slabs_per_cta >= layout::slabs(w.n) &&
              int64_t{p.row_tiles - 1} * p.slabs_per_cta < layout::slabs(w.n) &&
-             int64_t{p.token_tiles} * kernel.tokens >= problem.m,
+             int64_t{p.token_tiles} * p.tile_tokens >= problem.m &&
+             int64_t{p.token_tiles - 1} * p.tile_tokens < problem.m,
          "the tiles cover N and M", problem);
   expect(p.clusters >= 1 && p.clusters <= int64_t{p.row_tiles} * p.token_tiles && p.cluster <= kMaxCluster &&
              p.clusters <= device.active_clusters(p.cluster),
@@ -68,7 +69,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
   expect(plan.threads == (p.slabs_per_cta / kernel.row_tiles * p.k_warpgroups + 1) * kWarpgroupThreads &&
              plan.threads <= (kernel.warpgroups + 1) * kWarpgroupThreads,
          "threads", problem);
-  expect(plan.tile_tokens == kernel.tokens && plan.tile_tokens <= 256 && p.slabs_per_cta <= 256 &&
+  expect(p.tile_tokens <= kernel.tokens && p.tile_tokens <= 256 && p.slabs_per_cta <= 256 &&
              p.group_scale_pieces >= 1 && p.group_scale_pieces <= 256 && p.group_zero_pieces <= 256,
          "boxes", problem);
   expect(p.group_scale_bytes % 16 == 0 && p.group_zero_bytes % 16 == 0 && p.scales_at % 128 == 0 &&

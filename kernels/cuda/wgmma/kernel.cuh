@@ -294,7 +294,7 @@ class Kernel {
     for (int block = 0; block < C::kBlocks; ++block) {
       const uint32_t to = p.ring_at + stage * p.stage_bytes + block * C::kTokens * kXRowBytes;
       const int k = ((chunk0 + chunk) * C::kBlocks + block) * layout::kBlockK;
-      load(arguments.x, to, k, tile.token * C::kTokens, stage);
+      load(arguments.x, to, k, tile.token * p.tile_tokens, stage);
     }
   }
 
@@ -652,7 +652,8 @@ class Kernel {
     const float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
     const int thread = threadIdx.x % kWarpgroupThreads;
     uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
-    const int first_token = tile.token * C::kTokens;
+    // Behind the tile's own tokens the MMAs multiply whatever the ring held.
+    const int first_token = tile.token * p.tile_tokens, end_token = min(first_token + p.tile_tokens, p.m);
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
       const int slab_row = (first_slab(tile) + warpgroup * C::kRowTiles + r) * layout::kBlockRows;
@@ -666,7 +667,7 @@ class Kernel {
       }
 #pragma unroll
       for (int first_unit = 0; first_unit < C::kTokens / kUnitTokens; first_unit += C::kOutputTokens / kUnitTokens) {
-        if (first_token + first_unit * kUnitTokens >= p.m) break;
+        if (first_token + first_unit * kUnitTokens >= end_token) break;
 #pragma unroll
         for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
           if (!stores(first_unit + u)) continue;
@@ -689,7 +690,7 @@ class Kernel {
           const int token = u * kUnitTokens + thread / 8;
           const int piece = thread % 8;
           const int y_token = first_token + first_unit * kUnitTokens + token;
-          if (!stores(first_unit + u) || y_token >= p.m) continue;
+          if (!stores(first_unit + u) || y_token >= end_token) continue;
           store_piece(
               y_token, slab_row + piece * 8,
               load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes + (piece ^ (token & 7)) * 16));

@@ -85,7 +85,7 @@ bool encode_x(const GemmProblem& problem, int tile_tokens, CUtensorMap* map) {
 
 bool encode_all(const GemmProblem& problem, const Params& p, const Plan& plan, Arguments* to) {
   const Weight& w = problem.weight;
-  return encode_tiled() != nullptr && encode_x(problem, plan.tile_tokens, &to->x) &&
+  return encode_tiled() != nullptr && encode_x(problem, p.tile_tokens, &to->x) &&
          encode_codes(problem, p, plan, &to->codes) &&
          encode_groups(problem, w.scales, p.scale_bytes, p.group_scale_pieces, p, &to->scales) &&
          (p.zero_bytes == 0 || encode_groups(problem, w.zeros, p.zero_bytes, p.group_zero_pieces, p, &to->zeros));

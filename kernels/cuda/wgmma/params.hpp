@@ -25,6 +25,7 @@ struct Params {
   int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds
   int32_t clusters;                // in the grid
   int32_t row_tiles, token_tiles;  // of a cluster
+  int32_t tile_tokens;             // of M in a tile, at most the kernel's
   // The ring: a stage holds a chunk, one or two 64-k blocks, of x, codes, scales and zeros, in this order, then
   // resolved scales.
   int32_t stages;

@@ -43,7 +43,6 @@ struct Plan {
   int clusters;      // in the grid
   int threads;       // of a CTA
   int shared_bytes;  // dynamic
-  int tile_tokens;   // of a copy of x
   int chunk_blocks;  // of a copy of codes
 };
 
