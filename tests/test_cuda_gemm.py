@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ from conftest import (
     random_weight,
 )
 
-from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear, quantize
+from pyquant import PackedWeight, QuantizedWeight, _library, explain, linear, load_table, quantize
 from pyquant.ops import op_arguments
+from pyquant.tables import Bucket, Entry, Table
 
 # In the manifest of a build with CUDA, whether or not this machine can run them.
 GEMMS = {row["name"]: i for i, row in enumerate(_library.instances()) if row["device"] == "cuda" and row["is_gemm"]}
@@ -150,6 +152,19 @@ def test_every_instance_is_available() -> None:
     assert covered - {"dispatch"} == GEMMS.keys()
 
 
+@pytest.fixture
+def rule_only(tmp_path: Path) -> Iterator[None]:
+    """A table of no weight that the test has, so that the dispatch's rule decides."""
+    pytest.importorskip("jsonschema")
+    entry = Entry("int8", "fp32", 0, 1, 1, (Bucket(1, None, "cuda_simt_fp32"),))
+    path = tmp_path / "table.json"
+    path.write_text(Table(torch.cuda.get_device_name(), None, (entry,)).to_json())
+    load_table(path)
+    yield
+    load_table(None)
+
+
+@pytest.mark.usefixtures("rule_only")
 def test_dispatch_of_a_large_weight() -> None:
     """wgmma takes over from stream at fewer tokens than for small weights, on GPUs that have it."""
     packed = quantize(torch.randn(4160, 4160, device="cuda"), "nf4").pack()
@@ -158,6 +173,7 @@ def test_dispatch_of_a_large_weight() -> None:
         assert explain(random_x(m, 4160, torch.bfloat16), packed).instance.startswith(f"cuda_{family}_")
 
 
+@pytest.mark.usefixtures("rule_only")
 @each_dtype
 @pytest.mark.parametrize(
     ("name", "k", "families"),

@@ -123,7 +123,12 @@ def test_a_table_from_the_benchmarks_of_an_h200(tmp_path: Path) -> None:
     assert built.provenance["driver"] == "580.159.04"
     assert built.provenance["csv"] == ["decode.csv"]
     assert len(built.entries) == 6 * 5  # shapes, formats
-    assert built.instances == ["cuda_stream_codebook4_bf16", "cuda_stream_int4_bf16"]
+    assert built.instances == [
+        "cuda_stream_codebook4_bf16",
+        "cuda_stream_int4_bf16",
+        "cuda_wgmma_codebook4_bf16",
+        "cuda_wgmma_int4_bf16",
+    ]
     shown = run("show", path)
     assert "cuda_stream_int4_bf16" in shown.output
     assert "driver: 580.159.04" in shown.output

@@ -22,9 +22,9 @@ MIN_CALLS = 16
 # Calls above this are long enough that fewer of them suffice; a replay is then about _REPLAY_US long.
 _LONG_CALL_US = 1000.0
 _REPLAY_US = 40_000.0
-# Replays before those that count: after a pause, in which the host packs and checks weights, the GPU takes some ms to come
-# back to its clocks. With 2 replays the first M of every weight was 5 to 20% slow (28672 x 4096, int4: M = 1 22.9 us,
-# M = 4 19.0; H200, 2026-11-21).
+# Of replays before those that count: after a pause, in which the host packs and checks weights, the GPU takes some
+# ms to come back to its clocks. With 2 replays the first M of every weight was 5 to 20% slow (28672 x 4096, int4:
+# M = 1 22.9 us, M = 4 19.0; H200, 2026-11-21).
 _WARM_UP_MS = 30.0
 _MOST_WARM_UPS = 1000
 
