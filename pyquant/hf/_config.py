@@ -65,7 +65,7 @@ class PyquantConfig(QuantizationConfigMixin):
             raise TypeError(f"PyquantConfig: expected no entry called {next(iter(unknown))!r}")
         if isinstance(modules_to_not_convert, str):
             raise TypeError(f"PyquantConfig: modules_to_not_convert: expected a list, got {modules_to_not_convert!r}")
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enum lists its own methods only
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment, unused-ignore]  # transformers' enum has its own methods
         self.version = version
         self.format = format if format is not None or modules is not None else "nf4"
         self.group_size = group_size
