@@ -158,7 +158,8 @@ def test_linear_layers_have_their_part(plain: Decoder, monkeypatch: pytest.Monke
     after = time_of_parts(decoding)
     assert after["linear"] > 10 * before["linear"]
     assert after["lm_head"] > 10 * before["lm_head"]
-    assert after["attention"] < 5 * before["attention"]
+    share_before, share_after = (parts["attention"] / parts["linear"] for parts in (before, after))
+    assert share_after < share_before / 2  # times by themselves grow up to 20 times on a busy machine
 
 
 # ---- the logits

@@ -138,28 +138,30 @@ def test_ticks_are_round_numbers(values: list[float], ticks: list[float]) -> Non
 def test_charts_of_an_h200() -> None:
     from pyquant.bench.plot import styles_of
 
-    rows = read_csv(H200 / "wgmma.csv")
+    rows = [
+        row for row in read_csv(H200 / "prefill.csv") if row.label in ("cublas_bf16", "pyquant int4-g64", "pyquant nf4")
+    ]
     sweep, styles = sweep_of(rows), styles_of(rows)
     speedups = speedup_chart(sweep, "bf16", styles)
     assert [line.label for line in speedups.lines] == ["pyquant int4-g64", "pyquant nf4"], "cuBLAS is the reference"
-    assert speedups.ticks == [17, 32, 64, 128, 256, 512, 1024, 2048]
+    assert speedups.ticks == [33, 48, 64, 96, 128, 192, 256, 512, 1024, 2048]
     assert len(time_charts(sweep, styles)) == 4
     roof = roofline_chart(sweep, "bf16", styles)
     assert roof.lines[0].label == "measured ceilings"
-    assert "floor kernel 4.37 TB/s; cuBLAS 801 TFLOP/s" in roof.subtitle
+    assert "floor kernel 4.37 TB/s; cuBLAS 802 TFLOP/s" in roof.subtitle
     few = roofline_chart(sweep_of(read_csv(H200 / "fp32.csv")), "fp32", styles_of(read_csv(H200 / "fp32.csv")))
     assert "cuBLAS at most 8 TFLOP/s" in few.subtitle, "up to 8 tokens it is no ceiling"
     ceiling = few.lines[0]
     assert ceiling.y[-1] / ceiling.x[-1] == pytest.approx(ceiling.y[0] / ceiling.x[0])
     first = heatmaps(sweep)[0]
-    assert (len(first.rows), len(first.columns)) == (4, 8)
+    assert (len(first.rows), len(first.columns)) == (4, 10)
 
 
 def test_report_of_a_file(tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")
     folder = tmp_path / "out"
-    result = run("--from-csv", H200 / "wgmma.csv", "--from-csv", H200 / "decode.csv", "--report", folder)
+    result = run("--from-csv", H200 / "prefill.csv", "--from-csv", H200 / "decode.csv", "--report", folder)
     assert result.exit_code == 0, result.output
     names = {"index.html", "rows.csv", "speedup_bf16.png", "shapes_bf16.png", "roofline_bf16.png"}
     assert {path.name for path in folder.iterdir()} == names
@@ -171,7 +173,9 @@ def test_report_of_a_file(tmp_path: Path) -> None:
     assert page.count("plotly.js v") == 1, "the script once, inside"
     for words in ("NVIDIA H200", "Crossover", "Memory camping", "Roofline", "pyquant nf4", "times as fast"):
         assert words in page
-    assert len(read_csv(folder / "rows.csv")) == 96 + 768
+    assert len(read_csv(folder / "rows.csv")) == sum(
+        len(read_csv(H200 / f"{name}.csv")) for name in ("prefill", "decode")
+    )
     for name in names - {"index.html", "rows.csv"}:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
