@@ -26,7 +26,7 @@ def test_command_lines(tmp_path: Path) -> None:
     lines = [line for block in re.findall(r"^```sh\n(.*?)^```", TEXT, flags=re.S | re.M) for line in block.splitlines()]
     assert len(lines) == 2
     (tmp_path / "profiles" / "h200").mkdir(parents=True)
-    for name in ("wgmma.csv", "decode.csv"):
+    for name in ("prefill.csv", "decode.csv"):
         shutil.copy(ROOT / "profiles" / "h200" / name, tmp_path / "profiles" / "h200")
     for line in lines:
         command = [sys.executable, "-m", "pyquant", *line.split()[1:]]
