@@ -1,7 +1,7 @@
 # make run   quantize a real model and run it        make test   all tests
 # make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
 # make bench a short benchmark, on the GPU if there is one
-#                                                    make spills     compiles the CUDA kernels for sm_80 and sm_90a
+# make wheel the wheel, audited, into dist/           make spills     compiles the CUDA kernels for sm_80 and sm_90a
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,22 +11,22 @@ CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cpp' 'kernels/*.cu' 'kern
          'cutlass_ext/*.cpp' 'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
 BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
 
-.PHONY: run test lint format sanitize spills bench clean
+.PHONY: run test lint format sanitize spills bench wheel clean
 
 run: $(VENV)/.demo
 	$(BIN)/python examples/quantize_minilm.py
 
-test: $(VENV)/.test $(VENV)/.demo
+test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.lint
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
@@ -47,6 +47,14 @@ spills: $(VENV)/.tools
 bench: $(VENV)/.build
 	$(BIN)/python -m pyquant bench
 
+# From the source distribution, as pip would build it. Its folder is inside the clone, where ccache knows the paths.
+wheel: $(VENV)/.dev
+	rm -rf build/wheel && mkdir -p build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" TMPDIR="$(CURDIR)/build/wheel" \
+	  $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/python scripts/check_wheel.py build/wheel/*.whl --out dist
+	mv build/wheel/*.tar.gz dist/
+
 # The environment: build tools, then the package in development mode (its libraries go to pyquant/lib). Torch first,
 # because the libraries are built against its headers. CUTLASS headers only where nvcc is, beside the environment: its
 # Python part, and the many packages that part needs, are of no use here.
@@ -62,7 +70,7 @@ $(VENV)/.build: $(VENV)/.tools $(BUILD_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.build
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
 	touch $@
 

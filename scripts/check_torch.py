@@ -2,18 +2,15 @@
 
     python scripts/check_torch.py
 
-Build once (`make .venv/.build`), then run it with the Python of an environment that has another torch (2.11 or newer)
-from the root of the repository. Prints one line and exits with 1 if anything is wrong.
+Checks the pyquant that this Python imports: install one wheel (`make wheel`) beside each torch (2.11 or newer) to try.
+Prints one line and exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyquant
 from pyquant.formats import FORMATS

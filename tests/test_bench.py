@@ -219,7 +219,7 @@ def test_plot_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--from-csv", write_rows(tmp_path / "a.csv", [make_row()]), "--plot", tmp_path / "a.png")
     assert result.exit_code == 1
-    assert "pip install 'pyquant[bench]'" in result.stderr
+    assert "pip install 'pyquant[profile]'" in result.stderr
 
 
 def test_shapes_file(tmp_path: Path) -> None:

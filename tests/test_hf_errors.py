@@ -81,7 +81,7 @@ def test_without_transformers(hidden: str) -> None:
     code = f"import sys; sys.modules[{hidden!r}] = None; import pyquant.hf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: pyquant.hf: expected transformers 5.23 or newer" in done.stderr
-    assert 'pip install "pyquant[hf]"' in done.stderr
+    assert "pip install 'pyquant[hf]'" in done.stderr
 
 
 # ---- quantizing while loading

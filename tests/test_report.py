@@ -209,7 +209,7 @@ def test_what_a_report_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "plotly", None)
     result = run("--from-csv", path, "--report", tmp_path / "out")
     assert result.exit_code == 1
-    assert "needs plotly: pip install 'pyquant[bench]'" in result.stderr
+    assert "needs plotly: pip install 'pyquant[profile]'" in result.stderr
     result = run("--device", "cpu", "--report", tmp_path / "out")
     assert result.exit_code == 2
     assert "--report is not for --device cpu" in result.stderr

@@ -191,7 +191,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     result = run("show", written(tmp_path, "t.json", entry()))
     assert result.exit_code == 1
-    assert "needs jsonschema: pip install 'pyquant[bench]'" in result.output
+    assert "needs jsonschema: pip install 'pyquant[profile]'" in result.output
 
 
 # ---- explain, diff, check

@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--plot: needs matplotlib: pip install 'pyquant[bench]' ({error})") from error
+        raise ValueError(f"--plot: needs matplotlib: pip install 'pyquant[profile]' ({error})") from error
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

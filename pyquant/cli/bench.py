@@ -17,7 +17,7 @@ from ..bench.problem import DTYPES, Problem
 from ..bench.providers import DEFAULT_NAMES, NAMES
 from ..bench.shapes_file import read_shapes
 from ..profiler.models import CONFIGS
-from .extras import require_bench
+from .extras import require_profile
 from .params import CommaList, Format, ModelVariant, Shape, flatten
 
 _SHAPES = [(4096, 4096)]
@@ -243,7 +243,7 @@ def _require_plots(plot_path: Path | None, report_path: Path | None) -> None:
 
         require_matplotlib()
     if report_path:
-        require_bench("pandas", "plotly", "matplotlib")
+        require_profile("pandas", "plotly", "matplotlib")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -22,7 +22,7 @@ from ..formats import FORMATS, ScaleType
 from ..profiler.models import CONFIGS
 from ..profiler.rows import FAILED, ProfileRow, open_profile
 from .exits import INTERRUPTED, require_gpu
-from .extras import require_bench
+from .extras import require_profile
 from .output import print_table, progress
 from .params import CommaList, Format, IntRanges, flatten
 
@@ -96,7 +96,7 @@ def profile(
     """
     if device == "cuda":
         require_gpu("--device cpu profiles the CPU")
-    require_bench("pandas")  # before the measurement, not after
+    require_profile("pandas")  # before the measurement, not after
     from ..bench.gpu import BrokenDevice
     from ..profiler.measure import Profiler
     from ..profiler.plan import Setting, cases, instances_of

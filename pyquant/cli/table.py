@@ -10,7 +10,7 @@ import click
 
 from ..bench.format_spec import FormatSpec
 from ..bench.problem import DTYPES
-from .extras import require_bench
+from .extras import require_profile
 from .output import print_json, print_table
 from .params import Format
 
@@ -36,7 +36,7 @@ def table() -> None:
       pyquant table explain --m 16 --n 4096 --k 4096 --format nf4 --table table.json
       pyquant table score profile.csv --split 0.5
     """
-    require_bench("pandas", "jsonschema")
+    require_profile("pandas", "jsonschema")
 
 
 @table.command()

@@ -12,7 +12,7 @@ try:
     from ._quantizer import PyquantHfQuantizer
 except ImportError as error:
     raise ImportError(
-        f'pyquant.hf: expected transformers 5.23 or newer ({error}); pip install "pyquant[hf]"'
+        f"pyquant.hf: expected transformers 5.23 or newer ({error}): pip install 'pyquant[hf]'"
     ) from error
 
 from ..checkpoint import QUANT_METHOD
