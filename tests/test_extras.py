@@ -36,6 +36,15 @@ def test_every_hint_names_an_extra_and_survives_a_shell() -> None:
         assert f"pip install 'pyquant[{extras}]'" in command, f"{file}: {command}: brackets are globs in zsh"
 
 
+def test_profile_has_what_commands_ask_for() -> None:
+    sources = "".join(f.read_text() for f in (ROOT / "pyquant" / "cli").glob("*.py"))
+    asked = {
+        name for call in re.findall(r"require_profile\((\".*?)\)", sources) for name in re.findall(r'"(\w+)"', call)
+    }
+    assert len(asked) >= 4
+    assert asked <= {Requirement(r).name for r in EXTRAS["profile"]}
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_installed_packages_are_within_the_bounds(extra: str) -> None:
     """Those of ``extra`` that are installed here; pytest itself is one of ``dev``."""
