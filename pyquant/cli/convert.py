@@ -13,8 +13,8 @@ import click
 import torch
 
 from .. import __version__
-from ..checkpoint import CheckpointError, Reader, replace_file, save
-from ..load import LoadedLayer, Plan, Settings, recognise
+from ..checkpoint import CheckpointError, Reader, StoredTensor, replace_file, save
+from ..load import LoadedLayer, LoadError, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
 from .model_files import CONFIG_FILE, INDEX_FILE, Model, read_config, write_config, written_modules
@@ -110,9 +110,7 @@ class _LayerTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor = self._model[name]
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+        return self._model.stored(name).read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -179,17 +177,21 @@ def _open_staging(staging: Path, fingerprint: dict[str, Any], restart: bool) -> 
 def _write_shard(job: _Job, shard: Reader, target: Path) -> None:
     """The layers whose first tensor is in this shard, and the ordinary tensors of it."""
     stored = set(shard)
-    # Copied tensors are mapped from the source; only the converted ones are held in memory.
-    tensors: dict[str, torch.Tensor | QuantizedWeight] = {n: shard.peek(n) for n in job.plan.copied if n in stored}
+    tensors: dict[str, torch.Tensor | StoredTensor | QuantizedWeight] = {
+        n: shard.stored(n) for n in job.plan.copied if n in stored
+    }
     layers = [(prefix, names) for prefix, names in job.plan.layers.items() if names[0] in stored]
     for prefix, names in output.progress(layers, f"Converting {shard.path.name}"):
         bias = [f"{prefix}.bias"] if f"{prefix}.bias" in job.model else []
-        loaded = job.plan.producer.load(_LayerTensors(job.model, names + bias), prefix, job.settings)
+        try:
+            loaded = job.plan.producer.load(_LayerTensors(job.model, names + bias), prefix, job.settings)
+        except LoadError as error:
+            files = ", ".join(job.model.files_of(names))
+            raise LoadError(f"{error}; layer {prefix} of {files}, nothing was converted") from error
         for name, layer in loaded.items():
             tensors.update(_stored(name, layer, copied=bool(bias)))
     text = {key: value for key, value in shard.metadata.items() if key == "format"}
     save(target, tensors, text)
-    shard.reopen()
 
 
 def _stored(name: str, layer: LoadedLayer, copied: bool) -> dict[str, torch.Tensor | QuantizedWeight]:
