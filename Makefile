@@ -1,6 +1,7 @@
 # make run   quantize a real model and run it        make test   all tests
 # make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
 # make bench a short benchmark, on the GPU if there is one
+# make live  tests against the packages of .ci/live.txt
 #                                                    make spills     compiles the CUDA kernels for sm_80 and sm_90a
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +12,19 @@ CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cpp' 'kernels/*.cu' 'kern
          'cutlass_ext/*.cpp' 'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
 BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
 
-.PHONY: run test lint format sanitize spills bench clean
+.PHONY: run test live lint format sanitize spills bench clean
 
 run: $(VENV)/.demo
 	$(BIN)/python examples/quantize_minilm.py
 
 test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips.
+LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py tests/test_hf_convert.py \
+              tests/test_matmul_4bit.py tests/test_peft.py tests/test_training.py
+live: $(VENV)/.live
+	PYQUANT_LIVE=1 $(VENV)/live/bin/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -64,6 +71,15 @@ $(VENV)/.build: $(VENV)/.tools $(BUILD_INPUTS)
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+# An environment of its own over the other one, whose packages it sees: the tests of `make test` stay without the
+# producers', as most users are. No dependencies, since some of them would bring another torch.
+$(VENV)/.live: $(VENV)/.test .ci/live.txt
+	$(BIN)/python -m venv --clear --without-pip $(VENV)/live
+	site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" > "$$(site $(VENV)/live)/base.pth"
+	$(BIN)/python -m pip --python $(VENV)/live/bin/python install -q --no-deps -r .ci/live.txt
 	touch $@
 
 clean:

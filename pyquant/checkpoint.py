@@ -21,6 +21,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -328,7 +329,7 @@ def save(
     info: dict[str, Any] = {
         "version": FILE_VERSION,
         "layers": {name: settings(w) for name, w in tensors.items() if isinstance(w, QuantizedWeight)},
-        "crc32": {name: _crc32(t) for name, t in stored.items()},
+        "crc32": _checksums(stored),
     }
     info["header_crc32"] = _header_crc32(layout, metadata, info)
     metadata[METADATA_KEY] = _canonical_json(info)
@@ -419,6 +420,11 @@ def _buffer(tensor: torch.Tensor) -> memoryview:
 
 def _pieces(tensor: torch.Tensor | StoredTensor) -> Iterator[memoryview]:
     return tensor.pieces() if isinstance(tensor, StoredTensor) else iter([_buffer(tensor)])
+
+
+def _checksums(stored: Mapping[str, torch.Tensor | StoredTensor]) -> dict[str, int]:
+    with ThreadPoolExecutor(2) as pool:  # zlib lets other threads run
+        return dict(zip(stored, pool.map(_crc32, stored.values()), strict=True))
 
 
 def _crc32(tensor: torch.Tensor | StoredTensor) -> int:

@@ -191,10 +191,10 @@ def recognise(names: Iterable[str], config: Mapping[str, Any] | None) -> Plan:
     claimed = {name for own in layers.values() for name in own}
     copied = [name for name in stored if name not in claimed]
     for name in copied:
-        prefix = next((name.removesuffix(end) for end in producer.parts if name.endswith(end)), None)
-        if name.endswith(_QUANTIZED) and prefix is not None:
+        module = next((name.removesuffix(end) for end in producer.parts if name.endswith(end)), None)
+        if name.endswith(_QUANTIZED) and module is not None:
             raise LoadError(
-                f"load.recognise: {name}: expected {prefix}{producer.markers[0]} beside it, got none: the checkpoint "
+                f"load.recognise: {name}: expected {module}{producer.markers[0]} beside it, got none: the checkpoint "
                 "is incomplete and to be downloaded again, or of mixed formats, which are not read"
             )
         if name.endswith(_QUANTIZED):
