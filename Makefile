@@ -20,9 +20,10 @@ run: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips.
+# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips. Not
+# tests/test_peft.py, which has what it needs there: beside gptqmodel peft asks for optimum.
 LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py tests/test_hf_convert.py \
-              tests/test_matmul_4bit.py tests/test_peft.py tests/test_training.py
+              tests/test_matmul_4bit.py tests/test_training.py
 live: $(VENV)/.live
 	PYQUANT_LIVE=1 $(VENV)/live/bin/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 
