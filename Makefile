@@ -2,6 +2,7 @@
 # make lint  formatters and type checker             make sanitize   C++ tests under ASan and UBSan
 # make bench a short benchmark, on the GPU if there is one
 # make wheel the wheel, audited, into dist/           make spills     compiles the CUDA kernels for sm_80 and sm_90a
+# make live  tests against the packages of .ci/live.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +12,20 @@ CPP := $(shell git ls-files 'kernels/*.hpp' 'kernels/*.cpp' 'kernels/*.cu' 'kern
          'cutlass_ext/*.cpp' 'cutlass_ext/*.h' 'examples/*.hpp' 'examples/*.cpp' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.c')
 BUILD_INPUTS := setup.py pyproject.toml pyquant/formats.py $(shell git ls-files kernels cutlass_ext)
 
-.PHONY: run test lint format sanitize spills bench wheel clean
+.PHONY: run test live lint format sanitize spills bench wheel clean
 
 run: $(VENV)/.demo
 	$(BIN)/python examples/quantize_minilm.py
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips. Not
+# tests/test_peft.py, which has what it needs there: beside gptqmodel peft asks for optimum.
+LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py tests/test_hf_convert.py \
+              tests/test_matmul_4bit.py tests/test_training.py
+live: $(VENV)/.live
+	PYQUANT_LIVE=1 $(VENV)/live/bin/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,6 +80,15 @@ $(VENV)/.build: $(VENV)/.tools $(BUILD_INPUTS)
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+# An environment of its own over the other one, whose packages it sees: the tests of `make test` stay without the
+# producers', as most users are. No dependencies, since some of them would bring another torch.
+$(VENV)/.live: $(VENV)/.test .ci/live.txt
+	$(BIN)/python -m venv --clear --without-pip $(VENV)/live
+	site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" > "$$(site $(VENV)/live)/base.pth"
+	$(BIN)/python -m pip --python $(VENV)/live/bin/python install -q --no-deps -r .ci/live.txt
 	touch $@
 
 clean:

@@ -16,11 +16,16 @@ means) are read too, unchecked.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,8 +62,69 @@ _DTYPE_NAMES = {
 }
 
 
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# Bytes of a StoredTensor that are in memory while it is copied.
+_PIECE = 1 << 22
+# Tensors of so many bytes are read into a mapping of their own.
+_MAPPED = 1 << 20
+
+
 class CheckpointError(ValueError):
     """A file that is no checkpoint, or is damaged. The message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file: what is to be copied, or read once, without a mapping that stays in memory.
+
+    Attributes:
+        path: the safetensors file.
+        name: the tensor's.
+        dtype: the tensor's.
+        shape: the tensor's.
+        offset: of its first byte in the file.
+        nbytes: how many there are.
+    """
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        data = _memory(self.nbytes)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            self._fill(file, _buffer(data))
+        return data.view(self.dtype).view(self.shape)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, one behind the other; a piece is valid until the next one.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            for start in range(0, self.nbytes, _PIECE):
+                piece = buffer[: min(_PIECE, self.nbytes - start)]
+                self._fill(file, piece)
+                yield piece
+
+    def _fill(self, file: FileIO, buffer: memoryview) -> None:
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise CheckpointError(f"{self.path}: {self.name}: the file has become shorter while it was read")
+            buffer = buffer[count:]
 
 
 class Reader:
@@ -135,25 +201,28 @@ class Reader:
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    def peek(self, name: str) -> torch.Tensor:
-        """The tensor (not a quantized weight), unchecked and not yet read: for its shape, dtype and size.
-
-        Raises:
-            KeyError: there is no such tensor.
-        """
-        if name not in self or name in self._quantized:
-            raise KeyError(f"{self.path}: no tensor {name!r}")
-        return self._map(name)
-
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without the header."""
-        return sum(self._map(name).nbytes for name in self.stored_names)
+        return self.path.stat().st_size - self._header[0]
 
-    def reopen(self) -> None:
-        """Let go of what was read, which else stays mapped and counts as memory; tensors in use stay valid."""
-        self.close()
-        self._file = safe_open(self.path, framework="pt")
+    def stored(self, name: str) -> StoredTensor:
+        """The tensor (not a quantized weight), unchecked and not yet read.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: torch has no such dtype.
+        """
+        if name not in self or name in self._quantized:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        data, entries = self._header
+        entry = entries[name]
+        dtype, (start, stop) = _DTYPES.get(entry["dtype"]), entry["data_offsets"]
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.path}: {name}: cannot be read: expected one of {', '.join(_DTYPES)}, got {entry['dtype']}"
+            )
+        return StoredTensor(self.path, name, dtype, tuple(entry["shape"]), data + start, stop - start)
 
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
@@ -164,6 +233,13 @@ class Reader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @cached_property
+    def _header(self) -> tuple[int, dict[str, Any]]:
+        """Where the data begins, and the entries of the tensors; safetensors has checked them."""
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return 8 + length, json.loads(file.read(length))
 
     def _map(self, name: str) -> torch.Tensor:
         try:
@@ -224,7 +300,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | QuantizedWeig
 
 def save(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor | QuantizedWeight],
+    tensors: Mapping[str, torch.Tensor | StoredTensor | QuantizedWeight],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors and quantized weights to a safetensors file.
@@ -234,7 +310,7 @@ def save(
 
     Args:
         path: the file; an existing one is replaced.
-        tensors: by name; dense, any device.
+        tensors: by name; dense, any device; or of another file, and then copied in pieces.
         metadata: strings to keep in the header; the key ``pyquant`` is taken.
 
     Raises:
@@ -253,7 +329,7 @@ def save(
     info: dict[str, Any] = {
         "version": FILE_VERSION,
         "layers": {name: settings(w) for name, w in tensors.items() if isinstance(w, QuantizedWeight)},
-        "crc32": {name: _crc32(t) for name, t in stored.items()},
+        "crc32": _checksums(stored),
     }
     info["header_crc32"] = _header_crc32(layout, metadata, info)
     metadata[METADATA_KEY] = _canonical_json(info)
@@ -262,7 +338,7 @@ def save(
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for tensor in stored.values():
-            file.write(_buffer(tensor))
+            file.writelines(_pieces(tensor))
 
 
 @contextmanager
@@ -287,13 +363,18 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> dict[str, torch.Tensor]:
+def _stored_tensors(
+    tensors: Mapping[str, torch.Tensor | StoredTensor | QuantizedWeight],
+) -> dict[str, torch.Tensor | StoredTensor]:
     """Contiguous CPU tensors in file order: wide dtypes first, which keeps tensors aligned, then names."""
-    stored: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor | StoredTensor] = {}
     for name, value in tensors.items():
+        parts: Mapping[str, torch.Tensor | StoredTensor]
         if isinstance(value, QuantizedWeight):
             parts = value.state_dict(f"{name}.")
-        elif isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
+        elif isinstance(value, StoredTensor) or (
+            isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+        ):
             parts = {name: value}
         else:
             raise TypeError(f"save: {name}: expected a dense tensor or a QuantizedWeight, got {type(value).__name__}")
@@ -302,11 +383,11 @@ def _stored_tensors(tensors: Mapping[str, torch.Tensor | QuantizedWeight]) -> di
                 raise ValueError(f"save: {name}: the name {key!r} is taken")
             if tensor.dtype not in _DTYPE_NAMES:
                 raise ValueError(f"save: {key}: safetensors cannot hold {tensor.dtype}")
-            stored[key] = tensor.detach().cpu().contiguous()
-    return dict(sorted(stored.items(), key=lambda item: (-item[1].element_size(), item[0])))
+            stored[key] = tensor if isinstance(tensor, StoredTensor) else tensor.detach().cpu().contiguous()
+    return dict(sorted(stored.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
-def _header(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(stored: Mapping[str, torch.Tensor | StoredTensor], metadata: Mapping[str, str]) -> bytes:
     # Not safetensors.serialize_file: it orders metadata by a random hash, so files of equal content differ.
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
@@ -321,13 +402,36 @@ def _header(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     return text + b" " * (-len(text) % 8)
 
 
+def _memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes], not initialized.
+
+    Large ones go back to the system when they are freed. malloc would keep them as holes between the longer-lived
+    weights that are made from them, one after the other: twice the memory.
+    """
+    if nbytes < _MAPPED:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
+
+
 def _buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(_buffer(tensor))
+def _pieces(tensor: torch.Tensor | StoredTensor) -> Iterator[memoryview]:
+    return tensor.pieces() if isinstance(tensor, StoredTensor) else iter([_buffer(tensor)])
+
+
+def _checksums(stored: Mapping[str, torch.Tensor | StoredTensor]) -> dict[str, int]:
+    with ThreadPoolExecutor(2) as pool:  # zlib lets other threads run
+        return dict(zip(stored, pool.map(_crc32, stored.values()), strict=True))
+
+
+def _crc32(tensor: torch.Tensor | StoredTensor) -> int:
+    crc = 0
+    for piece in _pieces(tensor):
+        crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _header_crc32(layout: Mapping[str, Any], metadata: Mapping[str, str], info: Mapping[str, Any]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from pyquant import QuantizedWeight, checkpoint, load
 from pyquant.cli import convert as convert_module
 from pyquant.cli import main
+from pyquant.formats import FORMATS
 
 INDEX = "model.safetensors.index.json"
 # producer: quantization_config, settings of the golden cases that a checkpoint with this config may hold
@@ -203,17 +206,26 @@ def test_shards_of_another_input_are_not_used(tmp_path: Path, monkeypatch: pytes
     assert_converted(contents(target), "awq")
 
 
-def change_shard(folder: Path, name: str, function: Any) -> None:
-    """Replace one tensor of a model folder; None removes it."""
+def change_shard(folder: Path, name: str, function: Any, *, new_name: str = "", in_index: bool = True) -> None:
+    """Replace one tensor of a model folder, and its name if there is a new one; None removes it."""
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        if name in tensors:
-            changed = function(tensors.pop(name))
-            save_file(tensors if changed is None else tensors | {name: changed}, file)
-            if changed is None:
-                index = json.loads((folder / INDEX).read_text())
-                del index["weight_map"][name]
-                (folder / INDEX).write_text(json.dumps(index))
+        if name not in tensors:
+            continue
+        changed = function(tensors.pop(name))
+        kept = {} if changed is None else {new_name or name: changed}
+        save_file(tensors | kept, file)
+        index = json.loads((folder / INDEX).read_text())
+        if in_index:
+            del index["weight_map"][name]
+            index["weight_map"] |= dict.fromkeys(kept, file.name)
+        (folder / INDEX).write_text(json.dumps(index))
+
+
+def change_config(folder: Path, **settings: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -221,11 +233,28 @@ def change_shard(folder: Path, name: str, function: Any) -> None:
     [
         (
             lambda f: change_shard(f, "nf4.weight.absmax", lambda t: t * float("nan")),
-            "nf4.weight.absmax: expected finite",
+            "nf4.weight.absmax: expected finite values, got NaN or Inf: damaged; download the model or quantize it "
+            "again; layer nf4 of model-00001-of-00003.safetensors, model-00002-of-00003.safetensors, "
+            "model-00003-of-00003.safetensors, nothing was converted",
         ),
         (lambda f: change_shard(f, "nf4.weight", lambda t: t[:-2]), "nf4.weight: expected 256 bytes"),
         (lambda f: change_shard(f, "nf4.weight.quant_map", lambda t: None), "nf4.weight.quant_map: expected a tensor"),
-        (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "model-00002-of-00003.safetensors: no such file"),
+        (
+            lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+            "expected 3 shards beside it, missing: model-00002-of-00003.safetensors; download or copy them again",
+        ),
+        (
+            lambda f: change_shard(f, "model.norm.weight", lambda t: None, in_index=False),
+            "does not fit the shards: model.norm.weight; download or save the model again",
+        ),
+        (
+            lambda f: change_shard(f, "nf4.weight.quant_state.bitsandbytes__nf4", lambda t: None),
+            "nf4.weight.absmax: expected nf4.weight.quant_state.bitsandbytes__nf4 beside it, got none",
+        ),
+        (
+            lambda f: change_shard(f, "model.norm.weight", lambda t: t, new_name="other.qweight"),
+            "other.qweight: expected a tensor of bitsandbytes or of no quantized layer; checkpoints of mixed formats",
+        ),
         (
             lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(b"x" * 99),
             "no safetensors file, or a truncated",
@@ -254,14 +283,97 @@ def test_bad_checkpoints_leave_nothing(tmp_path: Path, damage: Any, message: str
     assert [f.name for f in tmp_path.iterdir()] == ["in"]
 
 
-def test_gptq_settings_of_single_layers_are_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "in", "gptq", 1)
-    config = json.loads((tmp_path / "in" / "config.json").read_text())
-    config["quantization_config"]["dynamic"] = {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+MEGABYTE = 1 << 20
+PEAK = """
+import sys
+from pyquant.cli import main
+main(["convert", *sys.argv[1:]], standalone_mode=False)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def write_large_model(folder: Path, shards: int, layers: int, megabytes: int, copied: int) -> None:
+    """Shards of nf4 layers, each with so many megabytes of codes; the last one also has an ordinary tensor."""
+    folder.mkdir()
+    n, k, weight_map = megabytes * 2048, 1024, {}
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, k]}
+    for i in range(shards):
+        tensors = {"model.embed.weight": torch.zeros(copied * MEGABYTE // 2).half()} if i == shards - 1 else {}
+        for j in range(layers):
+            name = f"layers.{i}.{j}"
+            tensors |= {
+                f"{name}.weight": torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8),
+                f"{name}.weight.absmax": torch.ones(n * k // 64),
+                f"{name}.weight.quant_map": torch.tensor(FORMATS["nf4"].codebook),
+                f"{name}.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+                    list(json.dumps(state).encode()), dtype=torch.uint8
+                ),
+            }
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+def test_memory_is_at_most_two_shards(tmp_path: Path) -> None:
+    write_large_model(tmp_path / "small", shards=1, layers=1, megabytes=1, copied=1)
+    write_large_model(tmp_path / "large", shards=3, layers=8, megabytes=8, copied=160)
+    peaks = {}
+    for name in ("small", "large"):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / name), str(tmp_path / f"{name}-out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks[name] = int(done.stdout.split()[-1]) * 1024
+    # A shard has 72 MB of codes and scales. What the interpreter and torch take is in the small one too.
+    assert peaks["large"] - peaks["small"] <= 2 * 72 * MEGABYTE
+    assert (tmp_path / "large-out" / INDEX).exists()
+
+
+def with_split_k(folder: Path) -> None:
+    """An act-order layer whose K was split: 96 inputs of 3 groups, of which a rank has the first 64."""
+    layer = "v2_asym_act_order"
+    change_shard(folder, f"{layer}.qweight", lambda t: t[: 64 // 8].contiguous())
+    change_shard(folder, f"{layer}.g_idx", lambda t: t[:64].contiguous())
+
+
+@pytest.mark.parametrize(
+    ("producer", "damage", "message"),
+    [
+        (
+            "gptq",
+            with_split_k,
+            "v2_asym_act_order.g_idx: act-order with split K: 64 inputs that take their scales from 3 groups of 32; "
+            "convert the whole checkpoint, and split it along N; layer v2_asym_act_order of model-0000",
+        ),
+        (
+            "gptq",
+            lambda f: change_config(f, dynamic={"-:lm_head": {}, "+:.*down.*": {"bits": 8}}),
+            "dynamic: expected no settings of single layers, got '+:.*down.*'",
+        ),
+        ("gptq", lambda f: change_config(f, group_size="32"), "group_size: expected a number or -1 for K, got '32'"),
+        ("gptq", lambda f: change_config(f, bits="4"), "bits: expected 2, 3, 4 or 8, got '4'"),
+        ("awq", lambda f: change_config(f, group_size=0), "group_size: expected a number or -1 for K, got 0"),
+        (
+            "gptq",
+            lambda f: change_shard(f, "model.norm.weight", lambda t: t, new_name="v2_sym.weight"),
+            "v2_sym.weight: expected none beside v2_sym.qweight: a layer is quantized or it is not; remove one of them",
+        ),
+        (
+            "compressed_tensors",
+            lambda f: change_config(f, config_groups=[{"weights": {}}]),
+            "config_groups: expected an object of objects, got [{'weights': {}}]",
+        ),
+    ],
+)
+def test_what_no_layer_can_be_made_of_is_refused(tmp_path: Path, producer: str, damage: Any, message: str) -> None:
+    write_model(tmp_path / "in", producer, 3)
+    damage(tmp_path / "in")
     result = run(tmp_path / "in", tmp_path / "out")
-    assert result.exit_code == 1
-    assert r"dynamic: expected no settings of single layers, got '+:.*down.*'" in result.stderr
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, len(lines)) == (1, 1), result.output
+    assert message in lines[0]
+    assert [f.name for f in tmp_path.iterdir()] == ["in"]
 
 
 def test_targets_and_sources_that_are_refused(tmp_path: Path) -> None:

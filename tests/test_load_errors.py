@@ -49,6 +49,12 @@ def nan(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full_like(tensor, float("nan"))
 
 
+def split_k(tensors: Tensors) -> None:
+    """The first half of K, as one of two ranks has it, of a layer whose inputs take turns between its groups."""
+    tensors["p.qweight"] = tensors["p.qweight"][:4]
+    tensors["p.g_idx"] = torch.arange(32).int() % 2
+
+
 KEY = r"p\.weight\.quant_state\.bitsandbytes__nf4"
 BITSANDBYTES = [
     (without("weight.quant_state.bitsandbytes__nf4"), r"p\.weight\.quant_state.*expected a tensor .* got none"),
@@ -86,6 +92,10 @@ GPTQ = [
     (map_("qweight", torch.Tensor.long), r"p\.qweight: expected int32 \[\*, \*\], got int64"),
     (map_("qweight", lambda t: t[:0]), r"p\.qweight: expected \[K \* 4 / 32, N\]"),
     (map_("g_idx", lambda t: t[:-1]), r"p\.g_idx: expected int32 or int64 \[64\], got int32 \[63\]"),
+    (
+        split_k,
+        r"p\.g_idx: act-order with split K: 32 inputs that take their scales from 2 groups of 32; convert the whole",
+    ),
     (map_("g_idx", torch.zeros_like), r"p\.g_idx: expected 32 inputs in each of 2 groups, got other counts"),
 ]
 AWQ = [
@@ -280,12 +290,45 @@ def test_recognise() -> None:
     [
         (["a.weight"], None, "expected quantized layers of bitsandbytes, .*, got none"),
         (["a.weight"], {"quant_method": "gptq"}, r"gptq: expected tensors called \*\.qweight, got none"),
-        (["a.qweight"], {"quant_method": "quip"}, "quant_method: expected one of bitsandbytes, .*, got 'quip'"),
+        (
+            ["a.qweight"],
+            {"quant_method": "quip"},
+            "quant_method: expected one of bitsandbytes, .*, got 'quip'; dequantize .* use `pyquant quantize`",
+        ),
         (["a.qweight"], {}, "quant_method: expected one of .*, got None"),
         (["a.qweight"], None, r"called \*\.qweight: expected config.json with a quantization_config, got none"),
-        (["a.W_q", "b.weight_packed"], None, "expected one format, got hqq and compressed-tensors"),
+        (
+            ["a.qweight", "b.W_q"],
+            None,
+            r"called \*\.qweight: expected config.json with a quantization_config, got none",
+        ),
+        (
+            ["a.W_q", "b.weight_packed"],
+            None,
+            r"expected one format, got hqq and compressed-tensors \(a\.W_q, b\.weight_packed\); dequantize the layers",
+        ),
         (["a.W_q", "b.weight_packed"], {"quant_method": "hqq"}, r"b\.weight_packed: expected a tensor of hqq or of no"),
-        (["a.W_q", "b.SCB"], None, r"b\.SCB: .*mixed formats are not read"),
+        (["a.W_q", "b.SCB"], None, r"b\.SCB: .*mixed formats are not read; dequantize the layers of all but one"),
+        (
+            ["a.SCB", "a.weight"],
+            {"quant_method": "bitsandbytes"},
+            r"got those of LLM\.int8\(\), a\.SCB, .*load it in 4 bits",
+        ),
+        (
+            ["a.qweight", "b.qzeros"],
+            {"quant_method": "gptq"},
+            r"b\.qzeros: expected b\.qweight beside it, got none: .*incomplete",
+        ),
+        (
+            ["a.qweight", "b.scales"],
+            {"quant_method": "awq"},
+            r"b\.scales: expected b\.qweight beside it, got none: .*incomplete",
+        ),
+        (
+            ["a.qweight", "a.weight", "b.weight"],
+            {"quant_method": "gptq"},
+            r"a\.weight: expected none beside a\.qweight: .*remove one of them",
+        ),
     ],
 )
 def test_checkpoints_that_are_not_recognised(names: list[str], config: dict | None, message: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import click
 import torch
 
 from .. import __version__
-from ..checkpoint import CheckpointError, Reader, replace_file, save
-from ..load import LoadedLayer, Plan, Settings, recognise
+from ..checkpoint import CheckpointError, Reader, StoredTensor, replace_file, save
+from ..load import LoadedLayer, LoadError, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
 from .model_files import CONFIG_FILE, INDEX_FILE, Model, read_config, write_config, written_modules
 from .quantize import check_target, copy_other_files, move_folder
 
 STATE_FILE = ".convert.json"
+# Layers that are read at a time: one's reading hides behind another's computing. More would cost memory.
+_THREADS = 2
 
 
 @click.command()
@@ -40,8 +44,8 @@ def convert(source: Path, target: Path, overwrite: bool, restart: bool, dry_run:
 
     IN is a model folder with model.safetensors or shards and their index, or one .safetensors file. OUT is a folder or
     a file accordingly; a folder also gets the other files of the model, and a config.json with pyquant's
-    quantization_config. Tensors are read one at a time; a shard's quantized weights are held in memory until it is
-    written.
+    quantization_config. Layers are read one at a time; a shard's quantized weights are held in memory until it is
+    written, other tensors are copied in pieces.
 
     OUT is complete or not written at all. Finished shards of an interrupted run are kept beside OUT (in .OUT.partial),
     and the next run with the same IN goes on from there. Act-order (GPTQ desc_act) becomes a tensor
@@ -110,9 +114,7 @@ class _LayerTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor = self._model[name]
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+        return self._model.stored(name).read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -179,17 +181,28 @@ def _open_staging(staging: Path, fingerprint: dict[str, Any], restart: bool) -> 
 def _write_shard(job: _Job, shard: Reader, target: Path) -> None:
     """The layers whose first tensor is in this shard, and the ordinary tensors of it."""
     stored = set(shard)
-    # Copied tensors are mapped from the source; only the converted ones are held in memory.
-    tensors: dict[str, torch.Tensor | QuantizedWeight] = {n: shard.peek(n) for n in job.plan.copied if n in stored}
-    layers = [(prefix, names) for prefix, names in job.plan.layers.items() if names[0] in stored]
-    for prefix, names in output.progress(layers, f"Converting {shard.path.name}"):
-        bias = [f"{prefix}.bias"] if f"{prefix}.bias" in job.model else []
-        loaded = job.plan.producer.load(_LayerTensors(job.model, names + bias), prefix, job.settings)
-        for name, layer in loaded.items():
-            tensors.update(_stored(name, layer, copied=bool(bias)))
+    tensors: dict[str, torch.Tensor | StoredTensor | QuantizedWeight] = {
+        n: shard.stored(n) for n in job.plan.copied if n in stored
+    }
+    layers = [prefix for prefix, names in job.plan.layers.items() if names[0] in stored]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        done = pool.map(partial(_load, job), layers)
+        for parts in output.progress(done, f"Converting {shard.path.name}", total=len(layers)):
+            tensors.update(parts)
     text = {key: value for key, value in shard.metadata.items() if key == "format"}
     save(target, tensors, text)
-    shard.reopen()
+
+
+def _load(job: _Job, prefix: str) -> dict[str, torch.Tensor | QuantizedWeight]:
+    """What a layer becomes in the output, by name."""
+    names = job.plan.layers[prefix]
+    bias = [f"{prefix}.bias"] if f"{prefix}.bias" in job.model else []
+    try:
+        loaded = job.plan.producer.load(_LayerTensors(job.model, names + bias), prefix, job.settings)
+    except LoadError as error:
+        files = ", ".join(job.model.files_of(names))
+        raise LoadError(f"{error}; layer {prefix} of {files}, nothing was converted") from error
+    return {key: t for name, layer in loaded.items() for key, t in _stored(name, layer, copied=bool(bias)).items()}
 
 
 def _stored(name: str, layer: LoadedLayer, copied: bool) -> dict[str, torch.Tensor | QuantizedWeight]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import CONFIG_VERSION, METADATA_KEY, QUANT_METHOD, CheckpointError, Reader, replace_file
+from ..checkpoint import (
+    CONFIG_VERSION,
+    METADATA_KEY,
+    QUANT_METHOD,
+    CheckpointError,
+    Reader,
+    StoredTensor,
+    replace_file,
+)
 from ..weight import QuantizedWeight
 
 SINGLE_FILE = "model.safetensors"
@@ -60,9 +68,13 @@ class Model:
     def is_quantized(self, name: str) -> bool:
         return self._reader[name].is_quantized(name)
 
-    def peek(self, name: str) -> torch.Tensor:
-        """The tensor (no quantized weight) for its shape and dtype; its data is not read."""
-        return self._reader[name].peek(name)
+    def stored(self, name: str) -> StoredTensor:
+        """The tensor (no quantized weight), not yet read."""
+        return self._reader[name].stored(name)
+
+    def files_of(self, names: Iterable[str]) -> list[str]:
+        """Names of the files that these tensors are in, sorted."""
+        return sorted({self._reader[name].path.name for name in names})
 
     @property
     def file_bytes(self) -> int:
@@ -79,14 +91,23 @@ class Model:
             raise FileNotFoundError(f"{self.path}: expected {SINGLE_FILE} or {INDEX_FILE} in the folder")
         self.sharded = True
         self._weight_map = _read_weight_map(index)
-        return [self.path / name for name in sorted(set(self._weight_map.values()))]
+        shards = [self.path / name for name in sorted(set(self._weight_map.values()))]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{index}: expected {len(shards)} shards beside it, missing: {_some(missing)}; "
+                "download or copy them again"
+            )
+        return shards
 
     def _check_index(self) -> None:
         stored = {name: shard.path.name for shard in self.shards for name in shard.stored_names}
         if stored != self._weight_map or len(stored) != sum(len(s.stored_names) for s in self.shards):
             differing = sorted({n for n, _ in stored.items() ^ self._weight_map.items()})
-            reason = ", ".join(differing[:3]) or "a name is in two shards"
-            raise CheckpointError(f"{self.path / INDEX_FILE}: does not fit the shards: {reason}")
+            reason = _some(differing) if differing else "a name is in two shards"
+            raise CheckpointError(
+                f"{self.path / INDEX_FILE}: does not fit the shards: {reason}; download or save the model again"
+            )
 
 
 def read_config(source: Path) -> dict[str, Any] | None:
@@ -128,6 +149,11 @@ def written_modules(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], i
         layers = json.loads(reader.metadata[METADATA_KEY])["layers"]
         modules = {name.removesuffix(".weight"): about for name, about in layers.items()}
         return modules, list(reader.stored_names), reader.tensor_bytes
+
+
+def _some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from ..checkpoint import Reader, replace_file, save
+from ..checkpoint import Reader, StoredTensor, replace_file, save
 from ..formats import FORMATS, ScaleType, ZeroType
 from ..quantize import check_settings
 from ..quantize import quantize as quantize_weight
@@ -119,7 +119,7 @@ def quantize(
             method = config["quantization_config"].get("quant_method")
             raise ValueError(f"{source}: is quantized already, by {method}; `pyquant convert` reads such checkpoints")
         selection = Selection(include, exclude)
-        weights = {name: model.peek(name) for name in model}
+        weights = {name: model.stored(name) for name in model}
         layers = {
             name: _Layer(name, list(w.shape), w.nbytes) for name, w in weights.items() if selection.picks(name, w)
         }
@@ -219,8 +219,7 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> None:
-    # Copied tensors are mapped from the source; only the quantized ones are held in memory.
-    tensors: dict[str, torch.Tensor | QuantizedWeight] = {name: shard.peek(name) for name in shard}
+    tensors: dict[str, StoredTensor | QuantizedWeight] = {name: shard.stored(name) for name in shard}
     for name in output.progress([name for name in shard if name in layers], f"Quantizing {shard.path.name}"):
         source = shard[name]
         assert isinstance(source, torch.Tensor)

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ..checkpoint import StoredTensor
+
 DEFAULT_EXCLUDES = ("*embed*", "*wte*", "*wpe*", "shared.*", "*norm*", "*lm_head*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,9 +24,9 @@ class Selection:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def picks(self, name: str, tensor: torch.Tensor) -> bool:
+    def picks(self, name: str, tensor: StoredTensor) -> bool:
         """Whether the tensor is to be quantized."""
-        if not name.endswith(".weight") or tensor.dim() != 2 or tensor.dtype not in _DTYPES or tensor.numel() == 0:
+        if not name.endswith(".weight") or len(tensor.shape) != 2 or tensor.dtype not in _DTYPES or tensor.nbytes == 0:
             return False
         if any(fnmatchcase(name, glob) for glob in self.exclude):
             return False

@@ -53,36 +53,40 @@ def gptq(
     k = words * 32 // bits
     scales = parts.finite("scales", FLOATS, (None, n))
     groups = scales.shape[0]
-    group_size = _group_size(parts, group_size, k, groups)
+    g_idx = parts.get("g_idx", (torch.int32, torch.int64), (k,)).long() if "g_idx" in parts else None
+    group_size = _group_size(parts, group_size, k, groups, g_idx)
     qzeros = parts.get("qzeros", torch.int32, (groups, n * bits // 32))
     zeros = unpack_codes(words_to_stream(qzeros, n, bits), n, bits).short() + _ZERO_OFFSETS[checkpoint_format]
     if bits == 8 and not bool((zeros == 128).all()):
         parts.refuse("qzeros", "8-bit codes with zero points: expected symmetric codes, or at most 4 bits")
     stream = words_to_stream(qweight.t(), k, bits)
 
-    permutation = _permutation(parts, k, group_size, groups)
+    permutation = None if g_idx is None else _permutation(parts, g_idx, group_size, groups)
     if permutation is not None:
         stream = pack_codes(unpack_codes(stream, k, bits)[:, permutation], bits)
     weight = integer_weight(parts, stream, bits, k, group_size, scales.t(), zeros.to(torch.uint8).t())
     return LoadedLayer(weight, parts.bias(n), permutation)
 
 
-def _group_size(parts: Parts, group_size: int | None, k: int, groups: int) -> int:
+def _group_size(parts: Parts, group_size: int | None, k: int, groups: int, g_idx: torch.Tensor | None) -> int:
     if group_size is None:
         group_size = k if groups == 1 else -(-k // groups)
     elif group_size == -1:
         group_size = k
+    if group_size >= 1 and groups > -(-k // group_size) and g_idx is not None and bool((g_idx.diff() < 0).any()):
+        parts.refuse(
+            "g_idx",
+            f"act-order with split K: {k} inputs that take their scales from {groups} groups of {group_size}; "
+            "convert the whole checkpoint, and split it along N",
+        )
     if group_size < 1 or groups != -(-k // group_size):
         parts.refuse("scales", f"expected ceil({k} / group_size) rows, got {groups} with group_size {group_size}")
     return group_size
 
 
-def _permutation(parts: Parts, k: int, group_size: int, groups: int) -> torch.Tensor | None:
+def _permutation(parts: Parts, g_idx: torch.Tensor, group_size: int, groups: int) -> torch.Tensor | None:
     """The order of k that sorts groups; None where they are sorted."""
-    if "g_idx" not in parts:
-        return None
-    g_idx = parts.get("g_idx", (torch.int32, torch.int64), (k,)).long()
-    natural = torch.arange(k, device=g_idx.device) // group_size
+    natural = torch.arange(len(g_idx), device=g_idx.device) // group_size
     if torch.equal(g_idx, natural):
         return None
     ordered, permutation = torch.sort(g_idx, stable=True)

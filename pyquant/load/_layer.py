@@ -67,7 +67,7 @@ class Parts:
     ) -> torch.Tensor:
         """A tensor of one of ``dtypes`` and of ``shape``, where None stands for any length; contiguous."""
         if name not in self:
-            self.refuse(name, "expected a tensor, got none")
+            self.refuse(name, "expected a tensor, got none: the checkpoint is incomplete")
         tensor = self._tensors[self._prefix + name].detach()
         allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
         fits = shape is None or (
@@ -87,7 +87,9 @@ class Parts:
         """As :meth:`get`, of finite values."""
         tensor = self.get(name, dtypes, shape)
         if not bool(torch.isfinite(tensor).all()):
-            self.refuse(name, "expected finite values, got NaN or Inf")
+            self.refuse(
+                name, "expected finite values, got NaN or Inf: damaged; download the model or quantize it again"
+            )
         return tensor
 
     def raw(self, name: str) -> Any:

@@ -57,15 +57,22 @@ class Plan:
     copied: list[str]
 
 
+def _group_size(loader: str, config: Mapping[str, Any]) -> int | None:
+    size = config.get("group_size")
+    if size is not None and (type(size) is not int or size < -1 or size == 0):
+        raise LoadError(f"load.{loader}: quantization_config: group_size: expected a number or -1 for K, got {size!r}")
+    return size
+
+
 def _gptq(tensors: Tensors, prefix: str, settings: Settings) -> dict[str, LoadedLayer]:
     config = settings.config
-    overridden = [rule for rule in config.get("dynamic") or {} if not rule.startswith("-:")]
+    overridden = [rule for rule in config.get("dynamic") or {} if not str(rule).startswith("-:")]
     if overridden:
         raise LoadError(
             f"load.gptq: quantization_config: dynamic: expected no settings of single layers, got {overridden[0]!r}"
         )
     layer = gptq(
-        tensors, prefix, bits=config.get("bits", 4), group_size=config.get("group_size"),
+        tensors, prefix, bits=config.get("bits", 4), group_size=_group_size("gptq", config),
         checkpoint_format=config.get("checkpoint_format") or "gptq",
     )  # fmt: skip
     return {prefix: layer}
@@ -76,13 +83,18 @@ def _awq(tensors: Tensors, prefix: str, settings: Settings) -> dict[str, LoadedL
     if config.get("bits", 4) != 4:
         raise LoadError(f"load.awq: quantization_config: bits: expected 4, got {config['bits']!r}")
     version = str(config.get("version") or "gemm")
-    return {prefix: awq(tensors, prefix, group_size=config.get("group_size"), version=version)}
+    return {prefix: awq(tensors, prefix, group_size=_group_size("awq", config), version=version)}
 
 
 def _compressed_tensors(tensors: Tensors, prefix: str, settings: Settings) -> dict[str, LoadedLayer]:
-    groups = (settings.config.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
-    sizes = {w.get("group_size") for w in weights}
+    groups = settings.config.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise LoadError(
+            "load.compressed_tensors: quantization_config: config_groups: "
+            f"expected an object of objects, got {groups!r}"
+        )
+    weights = [group.get("weights") or {} for group in groups.values()]
+    sizes = {_group_size("compressed_tensors", w) for w in weights}
     group_size = sizes.pop() if len(sizes) == 1 else None
     return {prefix: compressed_tensors(tensors, prefix, group_size=group_size)}
 
@@ -148,8 +160,10 @@ PRODUCERS = (
 # Ends of names that only quantized layers have: left over, they belong to a format that the plan does not cover.
 _QUANTIZED = (
     ".qweight", ".qzeros", ".g_idx", ".W_q", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2",
-    ".weight_zero_point", ".SCB", ".absmax", ".quant_map", "_blocks", "._weight_qdata", "._weight_scale",
+    ".weight_zero_point", ".SCB", ".absmax", ".quant_map", "_blocks", "._weight_qdata", "._weight_scale", ".scales",
 )  # fmt: skip
+# Ends of names under which a converted layer is stored.
+_OUTPUTS = (".weight", ".permutation")
 
 
 def recognise(names: Iterable[str], config: Mapping[str, Any] | None) -> Plan:
@@ -157,13 +171,16 @@ def recognise(names: Iterable[str], config: Mapping[str, Any] | None) -> Plan:
 
     Raises:
         LoadError: an unknown ``quant_method``; no quantized layer; layers of several formats; tensors that need a
-            ``quantization_config`` to be understood, without one.
+            ``quantization_config`` to be understood, without one; layers without their main tensor, or with an ordinary
+            weight beside it.
     """
     stored = sorted(names)
     producer = _producer(stored, config)
     markers = {name: end for name in stored for end in producer.markers if name.endswith(end)}
     if not markers:
-        raise LoadError(f"load.recognise: {producer.name}: expected tensors called *{producer.markers[0]}, got none")
+        int8 = next((name for name in stored if name.endswith(".SCB")), None)
+        got = "none" if int8 is None else f"those of LLM.int8(), {int8}, which is no 4-bit format: load it in 4 bits"
+        raise LoadError(f"load.recognise: {producer.name}: expected tensors called *{producer.markers[0]}, got {got}")
     known = set(stored)
     layers: dict[str, list[str]] = {}
     for name, end in markers.items():
@@ -174,10 +191,22 @@ def recognise(names: Iterable[str], config: Mapping[str, Any] | None) -> Plan:
     claimed = {name for own in layers.values() for name in own}
     copied = [name for name in stored if name not in claimed]
     for name in copied:
+        module = next((name.removesuffix(end) for end in producer.parts if name.endswith(end)), None)
+        if name.endswith(_QUANTIZED) and module is not None:
+            raise LoadError(
+                f"load.recognise: {name}: expected {module}{producer.markers[0]} beside it, got none: the checkpoint "
+                "is incomplete and to be downloaded again, or of mixed formats, which are not read"
+            )
         if name.endswith(_QUANTIZED):
             raise LoadError(
                 f"load.recognise: {name}: expected a tensor of {producer.name} or of no quantized layer; "
-                "checkpoints of mixed formats are not read"
+                "checkpoints of mixed formats are not read; dequantize the layers of all but one"
+            )
+        module = name.rpartition(".")[0]
+        if name.endswith(_OUTPUTS) and module in layers:
+            raise LoadError(
+                f"load.recognise: {name}: expected none beside {layers[module][0]}: a layer is quantized or it is not; "
+                "remove one of them"
             )
     return Plan(producer, layers, copied)
 
@@ -187,16 +216,23 @@ def _producer(names: list[str], config: Mapping[str, Any] | None) -> Producer:
     if config is not None:
         method = config.get("quant_method")
         if method not in by_name:
-            raise LoadError(f"load.recognise: quant_method: expected one of {', '.join(by_name)}, got {method!r}")
+            raise LoadError(
+                f"load.recognise: quant_method: expected one of {', '.join(by_name)}, got {method!r}; dequantize the "
+                "model with its own library, and use `pyquant quantize`"
+            )
         return by_name[method]
     found = [p for p in PRODUCERS if any(name.endswith(end) for name in names for end in p.markers)]
     if not found:
         raise LoadError(f"load.recognise: expected quantized layers of {', '.join(by_name)}, got none")
-    if any(producer.needs_config for producer in found):
-        marker = found[0].markers[0]
+    marker = next((producer.markers[0] for producer in found if producer.needs_config), None)
+    if marker is not None:
         raise LoadError(
             f"load.recognise: tensors called *{marker}: expected config.json with a quantization_config, got none"
         )
     if len(found) > 1:
-        raise LoadError(f"load.recognise: expected one format, got {' and '.join(p.name for p in found)}")
+        examples = [next(n for n in names for end in p.markers if n.endswith(end)) for p in found]
+        raise LoadError(
+            f"load.recognise: expected one format, got {' and '.join(p.name for p in found)} ({', '.join(examples)}); "
+            "dequantize the layers of all but one"
+        )
     return found[0]
