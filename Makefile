@@ -84,7 +84,7 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.build
 
 # An environment of its own over the other one, whose packages it sees: the tests of `make test` stay without the
 # producers', as most users are. No dependencies, since some of them would bring another torch.
-$(VENV)/.live: $(VENV)/.test .ci/live.txt
+$(VENV)/.live: $(VENV)/.dev .ci/live.txt
 	$(BIN)/python -m venv --clear --without-pip $(VENV)/live
 	site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	  echo "import site; site.addsitedir('$$(site $(CURDIR)/$(VENV))')" > "$$(site $(VENV)/live)/base.pth"
