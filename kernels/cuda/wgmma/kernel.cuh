@@ -1,15 +1,14 @@
 // The wgmma kernel: y[M, N] = x[M, K] W[N, K]^T (+ bias) for many tokens and 4-bit W, computed as y^T = W x^T: weights
 // are the A operand, in registers, tokens the n of the MMA, in shared memory.
 //
-// Roles    One warp copies, one to four warpgroups decode and multiply. They meet at the ring: a stage is a chunk, one
-// or two 64-k blocks, of x (TMA, 128-byte swizzle, zeros beyond M and K), and of the codes,
-//          scales and zeros of the CTA's 64-row slabs (TMA too: a map's rows are slabs, a box has all of the CTA's).
+// Roles    One warp copies, one to four warpgroups decode and multiply. They meet at the ring: a stage is a chunk (one
+//          or two 64-k blocks) of x, by TMA with 128-byte swizzle and zeros beyond K, and of the codes, scales and
+//          zeros of the CTA's 64-row slabs, by TMA too: a map's rows are slabs, a box has all of the CTA's.
 // Scales   Three more warps make of scales of any type what decode multiplies with.
-// Decode   A block is worked on in halves, two k16 steps each. The operands of a half are decoded while the MMAs of the
-//          half before run: two sets of registers, and one group of MMAs always in flight.
-// Split    A cluster owns a tile. Its `cluster` CTAs have parts of K and leave their sums in their shared memory, of
-// which
-//          each adds the tokens it stores. Every sum is added in one fixed order.
+// Decode   The operands of a block (256 tokens: of half a block) are decoded while the MMAs of the one before run: two
+//          sets of registers, and one group of MMAs always in flight.
+// Split    A cluster owns a tile. Its CTAs have parts of K and leave their sums in their shared memory, of which each
+//          adds the tokens that it stores. Every sum is added in one fixed order.
 // Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
 #pragma once
 
