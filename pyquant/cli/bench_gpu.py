@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import click
 import torch
 
 from ..bench.environment import read_environment
-from ..bench.gpu import BrokenDevice, Plan, Skip, measure
+from ..bench.gpu import Plan, measure
 from ..bench.plot import plot
-from ..bench.rows import INCORRECT, Row, csv_writer
-from .exits import INTERRUPTED
-from .output import print_json, print_table, progress
+from ..bench.rows import INCORRECT, Row
+from .collect import collect
+from .output import print_json, print_table
 
 
 def add_peers(sites: Sequence[Path], libraries: Sequence[Path]) -> None:
@@ -34,38 +33,16 @@ def run_gpu(
     Raises:
         click.exceptions.Exit: 1 when a y of pyquant's is incorrect or a call failed, 130 when interrupted.
     """
-    rows: list[Row] = []
-    skips: dict[Skip, None] = {}  # each once
-    interrupted = False
-    broken = None
-    with ExitStack() as stack:
-        write = stack.enter_context(csv_writer(csv_path)) if csv_path else None
-        try:
-            for item in progress(measure(plan, read_environment()), "measuring", plan.cells):
-                if isinstance(item, Skip):
-                    skips[item] = None
-                    continue
-                rows.append(item)
-                if write:
-                    write(item)
-        except KeyboardInterrupt:
-            interrupted = True
-        except BrokenDevice as error:
-            broken = error
-    for skip in skips:
-        click.echo(f"{skip.label}: {'failed:' if skip.failed else 'not available because'} {skip.reason}", err=True)
+    found = collect(lambda: measure(plan, read_environment()), Row, plan.cells, csv_path)
+    rows = found.rows
     report(rows, plot_path=plot_path, report_path=report_path, as_json=as_json)
-    if interrupted:
-        click.echo(f"interrupted: {len(rows)} of {plan.cells} cells were measured", err=True)
-        raise click.exceptions.Exit(INTERRUPTED)
-    if broken:
-        raise click.ClickException(str(broken))
+    found.raise_early_end()
     if not rows:
         raise click.ClickException("nothing could be measured")
     incorrect = [r for r in rows if r.check == INCORRECT]
     for r in incorrect:
         click.echo(f"Error: {r.label}, M={r.m}, {r.n} x {r.k}: incorrect, relative error {r.error:.2g}", err=True)
-    if any(skip.failed for skip in skips) or any(r.ours for r in incorrect):
+    if any(skip.failed for skip in found.skips) or any(r.ours for r in incorrect):
         raise click.exceptions.Exit(1)
 
 

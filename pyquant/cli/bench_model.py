@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import click
 
 from .. import _library
 from ..bench.environment import read_cpu_environment, read_environment
-from ..bench.gpu import BrokenDevice, Skip
 from ..bench.model.decoders import PLAIN, choose_code
 from ..bench.model.decoding import MODES
 from ..bench.model.measure import ModelPlan, measure_model
@@ -19,10 +17,11 @@ from ..bench.model.parts import PARTS
 from ..bench.model.rows import ModelRow
 from ..bench.model.variants import Variant
 from ..bench.providers import Unavailable
-from ..bench.rows import INCORRECT, csv_writer
+from ..bench.rows import INCORRECT
 from ..profiler.models import CONFIGS
-from .exits import INTERRUPTED, require_gpu
-from .output import print_json, print_table, progress
+from .collect import collect
+from .exits import require_gpu
+from .output import print_json, print_table
 
 _HEADINGS = dict(zip(PARTS, ("linear layers", "lm_head", "attention", "norms, rotary, elementwise"), strict=True))
 
@@ -71,28 +70,11 @@ def run_model(
         output_tokens,
         verify,
     )
-    rows: list[ModelRow] = []
-    skips: list[Skip] = []
-    interrupted, broken = False, None
-    with ExitStack() as stack:
-        write = stack.enter_context(csv_writer(csv_path, ModelRow)) if csv_path else None
-        environment = read_environment() if device == "cuda" else read_cpu_environment(_library.device_name("cpu"))
-        try:
-            for item in progress(measure_model(plan, environment), "measuring", plan.cells):
-                if isinstance(item, Skip):
-                    skips.append(item)
-                    continue
-                rows.append(item)
-                if write:
-                    write(item)
-        except KeyboardInterrupt:
-            interrupted = True
-        except BrokenDevice as error:
-            broken = error
-    for skip in skips:
-        click.echo(f"{skip.label}: {'failed:' if skip.failed else 'not available because'} {skip.reason}", err=True)
+    environment = read_environment() if device == "cuda" else read_cpu_environment(_library.device_name("cpu"))
+    found = collect(lambda: measure_model(plan, environment), ModelRow, plan.cells, csv_path)
+    rows = found.rows
     _report(rows, as_json)
-    failed = any(skip.failed for skip in skips)
+    failed = any(skip.failed for skip in found.skips)
     ours = {variant.label for variant in variants if variant.spec}
     for row in rows:
         where = f"{row.variant}, batch {row.batch}, {row.mode}"
@@ -101,11 +83,7 @@ def run_model(
         if row.check == INCORRECT:
             click.echo(f"Error: {where}: incorrect, relative error of the logits {row.error:.2g}", err=True)
         failed = failed or (row.variant in ours and (bool(row.reason) or row.check == INCORRECT))
-    if interrupted:
-        click.echo(f"interrupted: {len(rows)} of {plan.cells} cells were measured", err=True)
-        raise click.exceptions.Exit(INTERRUPTED)
-    if broken:
-        raise click.ClickException(str(broken))
+    found.raise_early_end()
     if all(row.tpot_ms is None for row in rows):
         raise click.ClickException("nothing could be measured")
     if failed:
