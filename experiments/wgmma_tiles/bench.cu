@@ -328,6 +328,28 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 3; ++i) { CK(cudaMemset(junk, i, 200 << 20)); launch1(k, g, p, plan); }
     CK(cudaDeviceSynchronize()); return 0;
   }
+  if (mode == "turns") {  // turns i|n shape-n shape-k m warpgroups k_warpgroups cluster kernel,kernel,..
+    const bool cb = *argv[2] == 'n';
+    Problem q{atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), 64, cb, cb ? 0 : 8, cb ? 0 : 2, 0, 0, false, atoi(argv[4]), 5, 0};
+    q.ref_m = 1;
+    Dev d = make(q); void* y; CK(cudaMalloc(&y, 2LL * q.m * q.n)); cudaStream_t stream; CK(cudaStreamCreate(&stream));
+    GemmProblem g = gemm_of(q, d, d.codes, d.scales, d.absmax, y, q.n, false, stream);
+    const std::vector<int> kernels = list_of(argv[9]);
+    const int nodes = int(20e-3 * 7e14 / (2.0 * q.m * q.n * q.k)) + 1;  // about 20 ms
+    std::vector<cudaGraphExec_t> graphs;
+    for (int i : kernels) {
+      const wg::Compiled& k = kernels_of(q).kernels[i];
+      wg::Params p = params(q, g); wg::Plan plan;
+      if (!wg::plan_split(g, k.traits, cutlass_ext::cuda::device_properties(), {atoi(argv[6]), atoi(argv[7]), atoi(argv[8])}, &p, &plan)) { printf("no plan\n"); return 1; }
+      printf("%d: %s%s | ", i, name(k.traits, p).c_str(), k.traits.fused ? " fused" : "");
+      cudaGraph_t graph; cudaGraphExec_t exec; CK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+      for (int j = 0; j < nodes; ++j) launch1(k, g, p, plan);
+      CK(cudaStreamEndCapture(stream, &graph)); CK(cudaGraphInstantiate(&exec, graph, 0)); graphs.push_back(exec);
+    }
+    for (int turn = 0; turn < 5; ++turn) { for (auto exec : graphs) printf("%.1f ", time_graph(exec, stream, nodes, 3)); printf("| "); }
+    printf("\n");
+    return 0;
+  }
   if (mode == "check") run_checks(argc > 2 ? atoi(argv[2]) : -1);
   else run_times(argv[2], list_of(argv[3]), list_of(argv[4]), argc > 5 ? atoi(argv[5]) : 4);
   return 0;

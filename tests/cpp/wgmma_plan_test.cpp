@@ -92,7 +92,7 @@ void check_plan(const GemmProblem& problem, const KernelTraits& kernel, const De
   const int64_t sum_bytes = int64_t{p.slabs_per_cta} * layout::kBlockRows * kernel.tokens * 4;
   const int64_t sums = p.cluster > 1 || p.k_warpgroups > 1 ? p.k_warpgroups * sum_bytes : 0;
   add(p.ring_at, std::max(int64_t{p.stages} * p.stage_bytes, sums));
-  add(p.output_at, int64_t{p.slabs_per_cta / kernel.row_tiles} * kernel.output_tokens * layout::kBlockRows * 2);
+  add(p.output_at, int64_t{p.slabs_per_cta / kernel.row_tiles} * p.k_warpgroups * kernel.output_bytes);
   add(p.codebook_at, 2 * kCodebookSize);
   if (w.scale_type == ScaleType::kNested) add(p.nested_map_at, kNestedMapSize * 4);
   add(p.barriers_at, 3 * kMaxStages * 8);

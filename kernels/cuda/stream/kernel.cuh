@@ -116,32 +116,25 @@ class Kernel {
   __device__ __forceinline__ void run() {
     launch_dependents();
     start_fill(blockIdx.y);
+    request_weights(ring);
+    start_x();
+    // A dependent launch asks for the first stage's weights only before it waits: behind all stages x came 600 ns
+    // later, and a kernel whose predecessor had ended was 2 to 12% slower instead of 1 to 2% (H200,
+    // scripts/pdl_neighbours.py, 2026-11-21). In a chain the waiting is covered by other CTAs' requests: 4096 x 4096, M
+    // = 1, 4.1 instead of 4.4 us.
+    if (p.programmatic_launch) {
+      prepare();
+      wait_for_previous_kernel();
+    }
+    request_first_x(0);
+    cute::cp_async_fence();
 #pragma unroll 1
-    for (int i = 0; i < C::kStages; ++i) {
+    for (int i = 1; i < C::kStages; ++i) {
       request_weights(ring + i * C::kStageBytes);
-      if (i == 0) start_x();
-      if (!p.programmatic_launch) request_first_x<true>(i);
+      request_first_x(i);
       cute::cp_async_fence();
     }
-    scales.start(p, window, lane, warp, row_warps * k_warps * layout::kLanes);
-    scales.start_unit(p, unit_of(blockIdx.y), block0, lane);
-    if constexpr (kHopper) {
-      if (gridDim.x > 1) {
-        if (warp == 0 && lane == 0) {
-          Barrier::init(pointer(exchange_barrier(0)), 1);
-          Barrier::init(pointer(exchange_barrier(1)), 1);
-          cutlass::arch::fence_barrier_init();
-        }
-        __syncwarp();
-        cute::cluster_arrive_relaxed();
-      }
-    }
-    if constexpr (Codes::kTable) build_pair_table();
-    wait_for_previous_kernel();
-    if (p.programmatic_launch) {
-#pragma unroll 1
-      for (int i = 0; i < C::kStages; ++i) request_first_x<false>(i);
-    }
+    if (!p.programmatic_launch) prepare();
     cute::cp_async_wait<C::kStages - 1>();
     // The table, the map of nested scales, and x that other warps have loaded.
     if (Codes::kTable || Scales<C>::kResolve || Scales<C>::kNestedDirect || row_warps > 1) __syncthreads();
@@ -181,6 +174,24 @@ class Kernel {
   }
 
   __device__ __forceinline__ uint32_t exchange_barrier(int buffer) const { return window + p.barriers + buffer * 8; }
+
+  // What needs neither x nor the ring.
+  __device__ __forceinline__ void prepare() {
+    scales.start(p, window, lane, warp, row_warps * k_warps * layout::kLanes);
+    scales.start_unit(p, unit_of(blockIdx.y), block0, lane);
+    if constexpr (kHopper) {
+      if (gridDim.x > 1) {
+        if (warp == 0 && lane == 0) {
+          Barrier::init(pointer(exchange_barrier(0)), 1);
+          Barrier::init(pointer(exchange_barrier(1)), 1);
+          cutlass::arch::fence_barrier_init();
+        }
+        __syncwarp();
+        cute::cluster_arrive_relaxed();
+      }
+    }
+    if constexpr (Codes::kTable) build_pair_table();
+  }
 
   // ---- the ring ----
 
@@ -240,19 +251,6 @@ class Kernel {
                  : "memory");
   }
 
-  // The same through registers. With programmatic dependent launch x comes behind all the weights, and a wait for its
-  // asynchronous copies would be one for theirs.
-  __device__ __forceinline__ uint4 load_x(const T* from, int k) const {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (k < p.k) {
-      asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "l"(from)
-                   : "memory");
-    }
-    return v;
-  }
-
   // The same for any alignment of x and K.
   __device__ __forceinline__ void copy_x_values(uint32_t to, const T* from, int k) const {
 #pragma unroll 1
@@ -262,72 +260,41 @@ class Kernel {
   }
 
   // This warp's part of K, the tokens dealt out among the row warps.
-  template <bool kAsync>
   __device__ __forceinline__ void request_resident_x() const {
-    constexpr int kAtOnce = kAsync ? 1 : 4;
     const int k0 = block0 * layout::kBlockK + lane * 8, end = (block0 + blocks) * layout::kBlockK;
     const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(wr);
     uint32_t to = x_first + wr * p.x_pitch + lane * 16;
     const uint64_t step = uint64_t(p.ldx) * uint32_t(row_warps);
 #pragma unroll 1
-    for (int token = wr; token < p.m; token += kAtOnce * row_warps) {
+    for (int token = wr; token < p.m; token += row_warps, from += step, to += row_warps * p.x_pitch) {
 #pragma unroll 1
       for (int k = k0; k < end; k += layout::kLanes * 8) {
         const uint32_t at = to + (k - k0) * 2;
-        if (!p.x_vector) {
-          for (int i = 0; i < kAtOnce && token + i * row_warps < p.m; ++i) {
-            copy_x_values(at + i * row_warps * p.x_pitch, from + i * step + k, k);
-          }
-        } else if constexpr (kAsync) {
+        if (p.x_vector) {
           copy_x(at, from + k, k);
         } else {
-          uint4 v[kAtOnce];
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (token + i * row_warps < p.m) v[i] = load_x(from + i * step + k, k);
-          }
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (token + i * row_warps < p.m) store_shared_16(at + i * row_warps * p.x_pitch, v[i]);
-          }
+          copy_x_values(at, from + k, k);
         }
       }
-      from += kAtOnce * step;
-      to += kAtOnce * row_warps * p.x_pitch;
     }
   }
 
   // A block's x: eight lanes have a token's 64 values.
-  template <bool kAsync>
   __device__ __forceinline__ void request_block_x(uint32_t slot, int block) const {
     const int first = lane >> 3;
     const int k = block * layout::kBlockK + (lane & 7) * 8;
     const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(first) + k;
     uint32_t to = slot + first * kBlockXPitch + (lane & 7) * 16;
-    if (!p.x_vector) {
-#pragma unroll 1
-      for (int token = first; token < p.m; token += 4, from += uint64_t(p.ldx) * 4, to += 4 * kBlockXPitch) {
-        copy_x_values(to, from, k);
-      }
-    } else if constexpr (kAsync) {
+    if (p.x_vector) {
 #pragma unroll
       for (int token = 0; token < C::kTokens; token += 4) {
         if (first + token < p.m) copy_x(to + token * kBlockXPitch, from, k);
         from += uint64_t(p.ldx) * 4;
       }
     } else {
-      constexpr int kAtOnce = 2;
 #pragma unroll 1
-      for (int token = first; token < p.m; token += 4 * kAtOnce, to += 4 * kAtOnce * kBlockXPitch) {
-        uint4 v[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i, from += uint64_t(p.ldx) * 4) {
-          if (token + 4 * i < p.m) v[i] = load_x(from, k);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (token + 4 * i < p.m) store_shared_16(to + 4 * i * kBlockXPitch, v[i]);
-        }
+      for (int token = first; token < p.m; token += 4, from += uint64_t(p.ldx) * 4, to += 4 * kBlockXPitch) {
+        copy_x_values(to, from, k);
       }
     }
   }
@@ -345,12 +312,11 @@ class Kernel {
   }
 
   // What belongs to the request of stage `i`'s first block: that block's x; or with the first one all of the part.
-  template <bool kAsync>
   __device__ __forceinline__ void request_first_x(int i) const {
     if (p.x_resident) {
-      if (i == 0) request_resident_x<kAsync>();
+      if (i == 0) request_resident_x();
     } else if (i < blocks) {
-      request_block_x<kAsync>(x_first + i * p.x_step, block0 + i);
+      request_block_x(x_first + i * p.x_step, block0 + i);
     }
   }
 
@@ -478,7 +444,7 @@ class Kernel {
         }
       }
       __syncwarp();  // all lanes have read the block
-      if (!p.x_resident && fill_left > 0) request_block_x<true>(read_x, fill_block);
+      if (!p.x_resident && fill_left > 0) request_block_x(read_x, fill_block);
       request_weights(read_stage);
       cute::cp_async_fence();
       const bool wraps = read_stage == ring + (C::kStages - 1) * C::kStageBytes;

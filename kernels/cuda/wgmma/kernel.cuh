@@ -7,9 +7,10 @@
 // Scales   Three more warps make of scales of any type what decode multiplies with.
 // Decode   The operands of a block (256 tokens: of half a block) are decoded while the MMAs of the one before run: two
 //          sets of registers, and one group of MMAs always in flight.
-// Split    A cluster owns a tile. Its CTAs have parts of K and leave their sums in their shared memory, of which each
-//          adds the tokens that it stores. Every sum is added in one fixed order.
-// Output   Sums go through shared memory, transposed, so that tokens' rows leave in pieces of 128 bytes.
+// Split    A cluster owns a tile. Its CTAs have parts of K, their warpgroups parts of those, and leave their sums in
+//          shared memory, of which each adds the tokens that it stores. Every sum is added in one fixed order.
+// Output   A visitor tree scales the sums, adds the bias and casts (epilogue.cuh). A warp transposes its 16 rows in
+//          shared memory, so that they leave in pieces of 32 bytes a token.
 #pragma once
 
 #include <cuda.h>
@@ -25,6 +26,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/wgmma/codes.cuh"
+#include "kernels/cuda/wgmma/epilogue.cuh"
 #include "kernels/cuda/wgmma/params.hpp"
 #include "kernels/cuda/wgmma/scales.cuh"
 #include "kernels/layout.hpp"
@@ -35,8 +37,9 @@ constexpr int kAtomBytes = layout::atom_bytes(4);
 constexpr int kBlockBytes = layout::block_bytes(4);
 constexpr int kXRowBytes = layout::kBlockK * 2;  // a token's x in a stage
 constexpr int kUnitTokens = 16;                  // what a stmatrix stores
-constexpr int kStartChunks = 4;                  // requested before the CTA's first barrier
-constexpr int kSumsBarrier = 15;                 // 1 and up: of the warpgroups
+constexpr int kUnitBytes = layout::kAtomRows * kUnitTokens * 2;
+constexpr int kStartChunks = 4;   // requested before the CTA's first barrier
+constexpr int kSumsBarrier = 15;  // 1 and up: of the warpgroups
 
 struct Arguments {
   CUtensorMap x, codes, scales, zeros;
@@ -55,7 +58,10 @@ struct Config {
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
   // Warpgroups may share a slab along K. With two slabs a warpgroup, sums do not stay in registers on the way.
   static constexpr bool kSplitsK = kRowTiles == 1;
-  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;  // that go through shared memory at once
+  // Units of 16 tokens of a tile, and how many of them a warp transposes at once.
+  static constexpr int kUnits = kTokens / kUnitTokens;
+  static constexpr int kUnitsAtOnce = kUnits < 4 ? kUnits : 4;
+  static constexpr int kOutputBytes = 4 * kUnitsAtOnce * kUnitBytes;  // of a warpgroup
   // Of 64 K registers: what the launch gives every thread is dealt again.
   static constexpr int kCopyRegisters = 56;
   static constexpr int kMultiplyRegisters = kWarpgroups == 2 ? 224 : kWarpgroups == 3 ? 152 : 104;
@@ -262,7 +268,7 @@ class Kernel {
     }
   }
 
-  // Takes part in the barriers of add_parts and finish_tile.
+  // Takes part in the barriers of share_sums and finish_tile.
   __device__ __forceinline__ void skip_sums() const {
     __syncwarp();
     if (p.cluster > 1) {
@@ -369,19 +375,11 @@ class Kernel {
       const Tile tile = tile_at(index);
       Sums sums;
       multiply_tile(row_warpgroup * C::kRowTiles, k_warpgroup, warp, lane, table, at, sums);
-      if (p.k_warpgroups > 1 || p.cluster > 1) {
-        sync_warps(kSumsBarrier, multiplying_threads());  // nobody reads the ring any more
-      }
-      if constexpr (C::kSplitsK) {
-        if (p.k_warpgroups > 1) add_warpgroups(row_warpgroup, k_warpgroup, sums);
-      }
-      if (k_warpgroup == 0) {
-        finish_tile(tile, row_warpgroup, warp, lane, sums);
-      } else {
-        skip_sums();
-      }
+      finish_tile(tile, row_warpgroup, k_warpgroup, warp, lane, sums);
     }
   }
+
+  __device__ __forceinline__ int row_warpgroups() const { return p.slabs_per_cta / C::kRowTiles; }
 
   // A barrier of a stage, as the loop addresses it.
   static constexpr uint32_t kResolvedBarriers = kMaxStages * 8;
@@ -436,13 +434,15 @@ class Kernel {
                                                 const typename Codes::Table& table, RingPosition& at,
                                                 Sums& sums) const {
     // In a stage: this lane's codes, and the scales of its rows g and g + 8, which lie side by side.
-    const uint32_t codes_at = p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
+    uint32_t codes_at = p.codes_at + slab0 * C::kBlocks * kBlockBytes + warp * kAtomBytes + lane * 16;
     constexpr uint32_t kGroupBytes = layout::kBlockRows * 2;
     const uint32_t slab_scales = p.groups_in_chunk * kGroupBytes;
     const uint32_t scales_at = p.resolved_at + slab0 * slab_scales + ((lane >> 2) * 8 + 2 * warp) * 2;
     const int group_shift = 31 - __clz(p.group_steps);
     const uint32_t barriers = shared + p.barriers_at + kResolvedBarriers;
-    const uint32_t empty_barriers = shared + p.barriers_at + kEmptyBarriers;
+    uint32_t empty_barriers = shared + p.barriers_at + kEmptyBarriers;
+    // Kept: nvcc would read parameters anew in the loop, and wait for them.
+    asm volatile("" : "+r"(codes_at), "+r"(empty_barriers));
     const uint32_t ring = shared + p.ring_at;
     uint32_t stage = ring + at.stage * p.stage_bytes;
     uint4 w, next_w;             // codes of the block that is decoded, and of the next one
@@ -530,7 +530,9 @@ class Kernel {
         if (part == (Codes::kFine ? kParts - 1 : 0)) {
           const int next = group / kParts + 1;
           if (next < kChunkBlocks) {
-            fetch_block(next);
+            // Always true: behind a branch nvcc does not mix loads, and decoding that waits for them, with the MMAs
+            // above, which would wait too (8192 x 8192, M = 64, nf4: 24.4 instead of 24.0 us; H200, 2026-11-21).
+            if (p.stages > 0) fetch_block(next);
           } else {
             at.advance(p.stages, p.k_warpgroups);
             stage = ring + at.stage * p.stage_bytes;
@@ -577,9 +579,6 @@ class Kernel {
     return v;
   }
 
-  // A CTA of a part of K stores every cluster-th 16 tokens.
-  __device__ __forceinline__ bool stores(int unit) const { return unit % p.cluster == part; }
-
   static constexpr int kQuads = C::kSums / 4;  // of 8 tokens, of a lane and slab
 
   // Where a warpgroup leaves its sums: in the ring, as its lanes hold them.
@@ -588,7 +587,10 @@ class Kernel {
            (warpgroup * C::kRowTiles * kQuads * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 16;
   }
 
-  __device__ __forceinline__ static void leave_sums(uint32_t to, const Sums& sums) {
+  // Leaves this warpgroup's sums, and waits for those of all others that have the same tile.
+  __device__ __forceinline__ void share_sums(int warpgroup, const Sums& sums) const {
+    sync_warps(kSumsBarrier, multiplying_threads());  // nobody reads the ring any more
+    const uint32_t to = sums_at(warpgroup);
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
@@ -598,103 +600,93 @@ class Kernel {
             to + (r * kQuads + q) * kWarpgroupThreads * 16,
             make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
       }
-  }
-
-  // Adds the sums of the warpgroups along K, in their order, to those of the first one.
-  __device__ __forceinline__ void add_warpgroups(int row_warpgroup, int k_warpgroup, Sums& sums) const {
-    if (k_warpgroup > 0) leave_sums(sums_at(k_warpgroup * p.slabs_per_cta + row_warpgroup), sums);
-    sync_warps(kSumsBarrier, multiplying_threads());
-    if (k_warpgroup > 0) return;
-#pragma unroll 1
-    for (int source = 1; source < p.k_warpgroups; ++source) {
-      const uint32_t from = sums_at(source * p.slabs_per_cta + row_warpgroup);
-#pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          const uint4 v = load_shared_16(from + (r * kQuads + q) * kWarpgroupThreads * 16);
-          float* to = sums.v[r] + 4 * q;
-          to[0] += __uint_as_float(v.x);
-          to[1] += __uint_as_float(v.y);
-          to[2] += __uint_as_float(v.z);
-          to[3] += __uint_as_float(v.w);
-        }
+    if (p.cluster > 1) {
+      cute::cluster_arrive();
+      cute::cluster_wait();
+    } else {
+      sync_warps(kSumsBarrier, multiplying_threads());
     }
   }
 
-  // Adds the sums of all parts of K, for the tokens that this CTA stores.
-  __device__ __forceinline__ void add_parts(int row_warpgroup, Sums& sums) const {
-    const uint32_t mine = sums_at(row_warpgroup);
-    leave_sums(mine, sums);
-    cute::cluster_arrive();
-    cute::cluster_wait();
-#pragma unroll 1
-    for (int source = 0; source < p.cluster; ++source) {
-      if (source == part) continue;
-#pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          if (!stores(q / 2)) continue;
-          const float4 v = load_remote_float4(mine + (r * kQuads + q) * kWarpgroupThreads * 16, source);
-          float* to = sums.v[r] + 4 * q;
-          to[0] += v.x;
-          to[1] += v.y;
-          to[2] += v.z;
-          to[3] += v.w;
-        }
-    }
-  }
+  using UnitSums = cutlass::Array<float, 8>;  // of a lane: 16 tokens x 64 rows
 
-  __device__ __forceinline__ void finish_tile(Tile tile, int warpgroup, int warp, int lane, Sums& sums) const {
-    if (p.cluster > 1) add_parts(warpgroup, sums);
-    const float factor = (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f) * Codes::kOutputFactor;
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    uint8_t* output = memory + p.output_at + warpgroup * C::kOutputTokens * kXRowBytes;
-    // Behind the tile's own tokens the MMAs multiply whatever the ring held.
-    const int first_token = tile.token * p.tile_tokens, end_token = min(first_token + p.tile_tokens, p.m);
+  // A unit's sums over all sources, in the order of K's warpgroups, and of the CTAs within them.
+  __device__ __forceinline__ UnitSums add_sources(int row_warpgroup, int r, int unit) const {
+    constexpr int kAtOnce = 2;  // of which loads are in flight
+    const uint32_t step = row_warpgroups() * C::kRowTiles * kQuads * kWarpgroupThreads * 16;
+    uint32_t from = sums_at(row_warpgroup) + (r * kQuads + 2 * unit) * kWarpgroupThreads * 16;
+    int rank = 0;
+    UnitSums sums;
+    sums.fill(0);
+#pragma unroll 1
+    for (int left = p.sources; left > 0; left -= kAtOnce) {
+      float4 v[kAtOnce][2];
 #pragma unroll
-    for (int r = 0; r < C::kRowTiles; ++r) {
-      const int slab_row = (first_slab(tile) + warpgroup * C::kRowTiles + r) * layout::kBlockRows;
-      const int row = slab_row + warp * layout::kAtomRows + (lane >> 2);
-      float bias[2] = {};
-      if (p.bias != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (row + 8 * i < p.n) bias[i] = float(static_cast<const T*>(p.bias)[row + 8 * i]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i >= left) break;
+        v[i][0] = load_remote_float4(from, rank);
+        v[i][1] = load_remote_float4(from + kWarpgroupThreads * 16, rank);
+        if (++rank == p.cluster) {
+          rank = 0;
+          from += step;
         }
       }
 #pragma unroll
-      for (int first_unit = 0; first_unit < C::kTokens / kUnitTokens; first_unit += C::kOutputTokens / kUnitTokens) {
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i >= left) break;
+        const float values[8] = {v[i][0].x, v[i][0].y, v[i][0].z, v[i][0].w,
+                                 v[i][1].x, v[i][1].y, v[i][1].z, v[i][1].w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[j] += values[j];
+      }
+    }
+    return sums;
+  }
+
+  // Every source finishes its share of the units.
+  __device__ __forceinline__ void finish_tile(Tile tile, int row_warpgroup, int k_warpgroup, int warp, int lane,
+                                              const Sums& sums) const {
+    // Behind the tile's own tokens the MMAs multiply whatever the ring held.
+    const int first_token = tile.token * p.tile_tokens, end_token = min(first_token + p.tile_tokens, p.m);
+    const uint32_t units = p.units_of_first_source << (part + k_warpgroup * p.cluster);
+    const int warpgroup = k_warpgroup * row_warpgroups() + row_warpgroup;
+    uint8_t* output = memory + p.output_at + warpgroup * C::kOutputBytes + warp * (C::kOutputBytes / 4);
+    Epilogue<typename C::Atom, typename C::Value, C::kTokens> epilogue(p, Codes::kOutputFactor);
+    const int first_slab_of_mine = first_slab(tile) + row_warpgroup * C::kRowTiles;
+    const auto visitor_of = [&](int slab) __attribute__((always_inline)) {
+      return epilogue.visitor(p.n, end_token - first_token, slab, threadIdx.x % kWarpgroupThreads);
+    };
+    const auto first_visitor = visitor_of(first_slab_of_mine);  // loads the bias before the others' sums are waited for
+    if (p.sources > 1) share_sums(warpgroup, sums);
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      const int slab = first_slab_of_mine + r;
+      auto visitor = r == 0 ? first_visitor : visitor_of(slab);
+#pragma unroll
+      for (int first_unit = 0; first_unit < C::kUnits; first_unit += C::kUnitsAtOnce) {
         if (first_token + first_unit * kUnitTokens >= end_token) break;
 #pragma unroll
-        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
-          if (!stores(first_unit + u)) continue;
-          const float* v = sums.v[r] + 8 * (first_unit + u);
-          uint32_t pairs[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            pairs[i] = as_bits(Pair<T>::of(v[2 * i] * factor + bias[i & 1], v[2 * i + 1] * factor + bias[i & 1]));
-          }
+        for (int u = 0; u < C::kUnitsAtOnce; ++u) {
+          const int unit = first_unit + u;
+          if (!(units >> unit & 1)) continue;
+          const auto values = visitor.visit(
+              p.sources > 1 ? add_sources(row_warpgroup, r, unit) : reinterpret_cast<const UnitSums*>(sums.v[r])[unit],
+              unit, 0, 0);
+          const auto* pairs = reinterpret_cast<const uint32_t*>(&values);
           // Matrix lane / 8 has 8 tokens of the rows g (even) or g + 8.
-          const int token = u * kUnitTokens + (lane >> 4) * 8 + (lane & 7);
-          const int piece = 2 * warp + (lane >> 3 & 1);
-          cute::SM90_U16x8_STSM_T::copy(
-              pairs[0], pairs[1], pairs[2], pairs[3],
-              *reinterpret_cast<cute::uint128_t*>(output + token * kXRowBytes + (piece ^ (token & 7)) * 16));
+          cute::SM90_U16x8_STSM_T::copy(pairs[0], pairs[1], pairs[2], pairs[3],
+                                        piece_of(output, u, (lane >> 4) * 8 + (lane & 7), lane >> 3 & 1));
         }
-        sync_warps(1 + warpgroup, kWarpgroupThreads);
-#pragma unroll 1
-        for (int u = 0; u < C::kOutputTokens / kUnitTokens; ++u) {
-          const int token = u * kUnitTokens + thread / 8;
-          const int piece = thread % 8;
-          const int y_token = first_token + first_unit * kUnitTokens + token;
-          if (!stores(first_unit + u) || y_token >= end_token) continue;
-          store_piece(
-              y_token, slab_row + piece * 8,
-              load_shared_16(cute::cast_smem_ptr_to_uint(output) + token * kXRowBytes + (piece ^ (token & 7)) * 16));
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < C::kUnitsAtOnce; ++u) {
+          const int unit = first_unit + u;
+          const int token = first_token + unit * kUnitTokens + lane / 2;
+          if (!(units >> unit & 1) || token >= end_token) continue;
+          store_piece(token, slab * layout::kBlockRows + warp * layout::kAtomRows + lane % 2 * 8,
+                      *reinterpret_cast<const uint4*>(&piece_of(output, u, lane / 2, lane % 2)));
         }
-        sync_warps(1 + warpgroup, kWarpgroupThreads);
+        __syncwarp();
       }
     }
     if (p.cluster > 1) {        // everyone has read this CTA's sums
@@ -703,7 +695,11 @@ class Kernel {
     }
   }
 
-  // Eight rows of a token.
+  // Eight of a warp's rows of a token of the u-th unit. Eight tokens' pieces fall on different banks.
+  __device__ __forceinline__ static cute::uint128_t& piece_of(uint8_t* output, int u, int token, int half) {
+    return reinterpret_cast<cute::uint128_t*>(output + u * kUnitBytes)[token * 2 + (half ^ (token >> 2 & 1))];
+  }
+
   __device__ __forceinline__ void store_piece(int token, int row, uint4 v) const {
     uint16_t* y = static_cast<uint16_t*>(p.y) + token * p.ldy + row;
     if (p.y_vector) {

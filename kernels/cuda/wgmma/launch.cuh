@@ -11,7 +11,7 @@ namespace cutlass_ext::cuda::wgmma {
 template <class C>
 Compiled compiled() {
   return {reinterpret_cast<const void*>(&wgmma_kernel<C>),
-          {C::kTokens, C::kBlocks, C::kRowTiles, C::kWarpgroups, C::kOutputTokens, C::Codes::kTable,
+          {C::kTokens, C::kBlocks, C::kRowTiles, C::kWarpgroups, C::kOutputBytes, C::Codes::kTable,
            C::Codes::kPairTable, C::Codes::kFused, C::Codes::kFine}};
 }
 

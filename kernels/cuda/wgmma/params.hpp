@@ -24,6 +24,10 @@ struct Params {
   int32_t slabs;                   // of the weight
   int32_t part_chunks, part_rest;  // of a part of K; the first part_rest parts have one more. What a stage holds
   int32_t clusters;                // in the grid
+  // Who has sums of the same rows: warpgroups along K of the CTAs of a cluster. Every sources-th unit of 16 tokens is
+  // the first one's, a bit each; the next one's are the next bits.
+  int32_t sources;
+  uint32_t units_of_first_source;
   int32_t row_tiles, token_tiles;  // of a cluster
   int32_t tile_tokens;             // of M in a tile, at most the kernel's
   // The ring: a stage holds a chunk, one or two 64-k blocks, of x, codes, scales and zeros, in this order, then

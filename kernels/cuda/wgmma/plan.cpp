@@ -9,6 +9,8 @@ namespace {
 
 constexpr uint32_t kCodebookBytes = 2 * kCodebookSize;  // low bytes, high bytes
 
+constexpr int kUnits = 16;  // of 16 tokens in the largest tile
+
 constexpr uint32_t align(uint32_t at, uint32_t to) { return (at + to - 1) / to * to; }
 
 int log2_of(int64_t power) {
@@ -64,6 +66,9 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   p.cluster = split.cluster;
   p.slabs_per_cta = split.warpgroups * kernel.row_tiles;
   p.k_warpgroups = split.k_warpgroups;
+  p.sources = split.cluster * split.k_warpgroups;
+  p.units_of_first_source = 0;
+  for (int unit = 0; unit < kUnits; unit += p.sources) p.units_of_first_source |= 1u << unit;
   p.slabs = static_cast<int32_t>(layout::slabs(w.n));
   p.part_chunks = chunks / split.cluster;
   p.part_rest = chunks % split.cluster;
@@ -103,7 +108,7 @@ bool plan_split(const GemmProblem& problem, const KernelTraits& kernel, const De
   const int kinds = !kernel.table && p.has_rest ? 4 : 2;
   p.stage_bytes = align(p.resolved_at + kinds * p.resolved_bytes, kSharedAlignment);
   // What lies behind the ring.
-  const uint32_t output_bytes = static_cast<uint32_t>(split.warpgroups * kernel.output_tokens * layout::kBlockRows * 2);
+  const uint32_t output_bytes = static_cast<uint32_t>(split.warpgroups * split.k_warpgroups * kernel.output_bytes);
   const uint32_t map_bytes = w.scale_type == ScaleType::kNested ? kNestedMapSize * 4 : 0;
   const uint32_t barrier_bytes = kMaxStages * 3 * 8;
   const uint32_t rest = output_bytes + kCodebookBytes + map_bytes + barrier_bytes;

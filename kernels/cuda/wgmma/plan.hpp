@@ -9,14 +9,14 @@ namespace cutlass_ext::cuda::wgmma {
 
 // What the plan must know of a compiled kernel.
 struct KernelTraits {
-  int tokens;         // of a tile
-  int blocks;         // of a chunk
-  int row_tiles;      // 64-row slabs of a warpgroup
-  int warpgroups;     // that multiply, at most
-  int output_tokens;  // that a warpgroup's output buffer holds
-  bool table;         // codebooks
-  bool pair_table;    // in shared memory
-  bool fused, fine;   // codes.cuh: Scaling
+  int tokens;        // of a tile
+  int blocks;        // of a chunk
+  int row_tiles;     // 64-row slabs of a warpgroup
+  int warpgroups;    // that multiply, at most
+  int output_bytes;  // of a warpgroup's output buffer
+  bool table;        // codebooks
+  bool pair_table;   // in shared memory
+  bool fused, fine;  // codes.cuh: Scaling
 };
 
 struct Compiled {
