@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 import pyquant
-from pyquant.bench.model import measure
+from pyquant.bench.model import measure, variants
 from pyquant.bench.model import parts as model_parts
 from pyquant.bench.model.decoder import Decoder
 from pyquant.bench.model.decoders import MODEL_CODES, PLAIN, build, choose_code
@@ -27,6 +29,7 @@ from pyquant.bench.model.plain import PlainDecoder
 from pyquant.bench.model.rows import ModelRow
 from pyquant.bench.model.variants import linears_of, parse_variant, weight_bytes
 from pyquant.bench.model.verify import check_logits
+from pyquant.bench.providers import Operand, Provider, Source
 from pyquant.cli import main
 from pyquant.profiler.models import CONFIGS
 
@@ -316,6 +319,72 @@ def test_what_fails_has_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytes
     rows = list(csv.DictReader(path.open()))
     assert [(r["mode"], r["tpot_ms"]) for r in rows] == [("eager", ""), ("compile", "")]
     assert rows[0]["reason"] == "RuntimeError: eager is made up"
+
+
+class Peer(Provider):
+    """Another library's layer: bf16 in disguise, of operators that take matrices only."""
+
+    name = "marlin"
+
+    def build(self, source: Source) -> Operand:
+        def call(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            assert x.dim() == 2
+            assert not torch.compiler.is_compiling()
+            return torch.mm(x, weight.t())
+
+        return Operand(source.w, call, source.w.nbytes, "bf16", None, lambda: source.w.float())
+
+
+def test_layers_of_peers_run_in_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(variants._PROVIDERS, "marlin", Peer)
+    result = run(*CPU, "--batch", 2, "--variants", "bf16,marlin", "--modes", "eager,compile", "--layers", 12,
+                 "--model-code", "plain", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(r["variant"], r["mode"], r["reason"]) for r in rows] == [
+        ("bf16", "eager", ""), ("bf16", "compile", ""), ("marlin", "eager", ""), ("marlin", "compile", "")
+    ]  # fmt: skip
+    assert len({r["linear_bytes"] for r in rows}) == 1
+
+
+def test_a_layer_of_a_peer_keeps_no_other_weight(plain: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Copies(Peer):
+        def build(self, source: Source) -> Operand:
+            return replace(super().build(source), weight=source.w.clone())
+
+    monkeypatch.setitem(variants._PROVIDERS, "marlin", Copies)
+    weights = [weakref.ref(m.weight) for m in linears_of(plain).values()]
+    parse_variant("marlin").apply(plain)
+    gc.collect()
+    assert len(weights) == 8
+    assert not any(weight() is not None for weight in weights)
+
+
+def test_a_variant_that_breaks_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Peer):
+        def build(self, source: Source) -> Operand:
+            raise AttributeError("no such kernel")
+
+    def broken(module: torch.nn.Linear, *arguments: Any, **options: Any) -> None:
+        raise TypeError("no such layer")
+
+    monkeypatch.setitem(variants._PROVIDERS, "marlin", Broken)
+    path = tmp_path / "a.csv"
+    options = (*CPU, "--batch", "1,2", "--modes", "eager", "--layers", 1, "--model-code", "plain")
+    result = run(*options, "--variants", "bf16,marlin,nf4", "--csv", path)
+    assert result.exit_code == 0, "not pyquant's failure"
+    assert "marlin, batch 2, eager: failed: AttributeError: no such kernel" in result.stderr
+    rows = list(csv.DictReader(path.open()))
+    assert [(r["variant"], r["batch"], r["reason"], r["tpot_ms"] != "") for r in rows] == [
+        ("bf16", "1", "", True), ("bf16", "2", "", True),
+        ("marlin", "1", "AttributeError: no such kernel", False),
+        ("marlin", "2", "AttributeError: no such kernel", False),
+        ("pyquant nf4", "1", "", True), ("pyquant nf4", "2", "", True),
+    ]  # fmt: skip
+    monkeypatch.setattr(pyquant.nn.QuantLinear, "from_linear", broken)
+    result = run(*options, "--variants", "bf16,nf4")
+    assert result.exit_code == 1, "pyquant's own"
+    assert "pyquant nf4, batch 1, eager: failed: TypeError: no such layer" in result.stderr
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
