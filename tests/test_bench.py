@@ -396,6 +396,16 @@ def test_interrupted_runs_keep_their_rows(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_rows_of_a_report_are_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "report", lambda rows, **options: None)  # a killed process comes to none
+    with pytest.raises(click.exceptions.Exit):
+        bench_gpu.run_gpu(
+            plan(Fake("interrupt")), csv_path=None, plot_path=None, report_path=tmp_path / "out", as_json=False
+        )
+    assert [row.m for row in read_csv(tmp_path / "out" / "rows.csv")] == [1, 2]
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_reasons_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     providers = (Cublas(FormatSpec("nf4"), "bf16"), Fake("unavailable"))
     bench_gpu.run_gpu(
