@@ -60,7 +60,7 @@ def matmul_4bit(
         raise ValueError(f"matmul_4bit: A has K={size}, the weight has K={columns}")
     entry = _packed("matmul_4bit", B, quant_state)
     if size == columns:
-        y = gemm(A, entry.tensors, bias, entry.integers)
+        y = gemm(A, *entry.tensors, bias, *entry.integers)
     else:
         warnings.warn(
             f"matmul_4bit: the weight was quantized as [K, N] (quant_state.shape={[rows, columns]}); "
@@ -114,7 +114,7 @@ def gemm_4bit(
     if len(state.shape) != 2 or A.shape[-1] != state.shape[1]:
         raise ValueError(f"gemm_4bit: shapeB: expected [N, {A.shape[-1]}], got {list(state.shape)}")
     entry = _packed("gemm_4bit", B, state)
-    return gemm(A, entry.tensors, bias, entry.integers)
+    return gemm(A, *entry.tensors, bias, *entry.integers)
 
 
 def gemv_4bit(
@@ -141,7 +141,7 @@ def gemv_4bit(
     if state is None:
         raise ValueError("gemv_4bit: state: expected the QuantState of B, got None")
     entry = _packed("gemv_4bit", B, state)
-    y = gemm(A, entry.tensors, None, entry.integers)
+    y = gemm(A, *entry.tensors, None, *entry.integers)
     return y if out is None else _into("gemv_4bit", out, y)
 
 

@@ -60,5 +60,5 @@ def packed_linear(x: torch.Tensor, packed: Any, bias: torch.Tensor | None, dtype
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if dtype == x.dtype:
-        return gemm(x, packed.tensors, bias, packed.integers)
-    return gemm(x.to(dtype), packed.tensors, bias, packed.integers).to(x.dtype)
+        return gemm(x, *packed.tensors, bias, *packed.integers)
+    return gemm(x.to(dtype), *packed.tensors, bias, *packed.integers).to(x.dtype)

@@ -83,11 +83,13 @@ class QuantLinear(nn.Module):
         permutation = b[_PERMUTATION]
         if permutation is not None:
             x = permute(x, permutation)
-        tensors = (b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"))
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
-        return gemm(x, tensors, bias, self._integers)
+        spec, n, k = self._integers
+        return gemm(
+            x, b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"), bias, spec, n, k
+        )
 
     def extra_repr(self) -> str:
         act_order = ", act_order=True" if self.permutation is not None else ""

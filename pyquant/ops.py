@@ -23,6 +23,10 @@ _GEMM_EAGER = _GEMM._op
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+# Under names of this module: each lookup in torch's is 20 ns of every call.
+_is_compiling = torch.compiler.is_compiling
+_is_inference_mode = torch.is_inference_mode_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # cx_dtype
 _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
@@ -52,30 +56,31 @@ def linear(
         RuntimeError: naming the argument, what was expected and what came.
     """
     tensors, (spec, n, k) = op_arguments(weight)
-    return gemm(x, tensors, bias, (spec + _PDL if pdl else spec, n, k))
+    return gemm(x, *tensors, bias, spec + _PDL if pdl else spec, n, k)
 
 
-def gemm(
-    x: torch.Tensor,
-    tensors: tuple[torch.Tensor | None, ...],
-    bias: torch.Tensor | None,
-    integers: tuple[int, int, int],
-) -> torch.Tensor:
-    """``torch.ops.pyquant.gemm`` on the tensors and integers of a packed weight, by the shortest way.
+def gemm(*arguments: Any) -> torch.Tensor:
+    """``torch.ops.pyquant.gemm`` by the shortest way.
 
     The operator's autograd wrapper is Python and costs more than 20 us a call; without gradients it is left out.
+
+    Args:
+        arguments: the operator's: x, the tensors of :func:`op_arguments`, bias or None, its integers. One tuple, since
+            to take it apart and put it together again is 0.1 us of a call.
     """
-    if torch.compiler.is_compiling():
-        return _GEMM(x, *tensors, bias, *integers)
-    if torch.is_inference_mode_enabled():
-        return _GEMM_EAGER(x, *tensors, bias, *integers)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _GEMM(x, *tensors, bias, *integers)
+    if _is_compiling():
+        return _GEMM(*arguments)
+    if _is_inference_mode():
+        return _GEMM_EAGER(*arguments)
+    if _is_grad_enabled():
+        x, bias = arguments[0], arguments[6]
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _GEMM(*arguments)
     if _is_excluded(_AUTOGRAD):
-        return _GEMM_EAGER(x, *tensors, bias, *integers)
+        return _GEMM_EAGER(*arguments)
     try:
         _exclude(_AUTOGRAD, True)
-        return _GEMM_EAGER(x, *tensors, bias, *integers)
+        return _GEMM_EAGER(*arguments)
     finally:
         _exclude(_AUTOGRAD, False)
 

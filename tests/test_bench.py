@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from conftest import DTYPES
 
-from pyquant.bench import device, gpu
+from pyquant.bench import device, gpu, graph_timing
 from pyquant.bench.environment import Environment
 from pyquant.bench.format_spec import FormatSpec, parse_format_spec
 from pyquant.bench.graph_timing import Timing
@@ -396,6 +396,16 @@ def test_interrupted_runs_keep_their_rows(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_rows_of_a_report_are_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "report", lambda rows, **options: None)  # a killed process comes to none
+    with pytest.raises(click.exceptions.Exit):
+        bench_gpu.run_gpu(
+            plan(Fake("interrupt")), csv_path=None, plot_path=None, report_path=tmp_path / "out", as_json=False
+        )
+    assert [row.m for row in read_csv(tmp_path / "out" / "rows.csv")] == [1, 2]
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_reasons_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     providers = (Cublas(FormatSpec("nf4"), "bf16"), Fake("unavailable"))
     bench_gpu.run_gpu(
@@ -497,6 +507,37 @@ def test_columns_are_documented() -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "performance.md").read_text()
     assert len(COLUMNS) > 20
     assert [c for c in COLUMNS if f"`{c}`" not in text] == []
+
+
+@pytest.mark.parametrize("slow_ms", [0.0, 5.0, 25.0])
+@pytest.mark.parametrize("replay_ms", [0.05, 1.0, 40.0])
+def test_times_are_of_a_gpu_at_its_clocks(slow_ms: float, replay_ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pause replays are 20% slower for some ms: none of those counts, and 15 others do."""
+    now, replays = 0.0, 0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    def replay() -> None:
+        nonlocal now, replays
+        now += replay_ms * (1.2 if now < slow_ms else 1)
+        replays += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert graph_timing._replay(replay, 10) == pytest.approx((replay_ms * 100,) * 3)
+    assert now < slow_ms + 50 + 20 * replay_ms, "nor do measurements take much longer for it"
+    assert replays >= 17
 
 
 # ---- on a GPU

@@ -71,11 +71,21 @@ def test_wrong_ranges(text: str) -> None:
         IntRanges().convert(text, None, None)
 
 
-def test_globs_match_with_and_without_the_device() -> None:
+def test_globs_match_with_and_without_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     every = [row["name"] for row in _library.instances() if row["device"] == "cpu" and row["available"]]
     assert [name for _, name, _ in instances_of("cpu", ["cpu_stream_*"])] == [n for n in every if "_stream_" in n]
     assert [name for _, name, _ in instances_of("cpu", ["tile_*"])] == [n for n in every if "_tile_" in n]
     assert instances_of("cpu", ["cuda_*"]) == []
+    tables = [{"name": f"cuda_{n}_bf16", "device": "cuda", "available": True, "is_gemm": True} for n in
+              ("stream_int4", "wgmma_codebook4", "wgmma_int4")]  # fmt: skip
+    monkeypatch.setattr(_library, "instances", lambda: tables)
+    for glob, numbers in {"wgmma_*nf4*": [1], "*_uint4_*": [0, 2], "*codebook4*": [1], "*int8*": [], "*mxfp4_bf16": [1],
+                          "*int4*": [0, 2], "cuda_wgmma_nf4_bf16": [1]}.items():  # fmt: skip
+        assert [i for i, _, _ in instances_of("cuda", [glob])] == numbers, glob
+
+
+def test_of_instances_that_dequantize_there_is_one() -> None:
+    every = [row["name"] for row in _library.instances() if row["device"] == "cpu" and row["available"]]
     dense = [name for _, name, is_gemm in instances_of("cpu", []) if not is_gemm]
     assert dense == [next(n for n in every if "_dequant_" in n)], "the one that a call takes"
 
@@ -107,7 +117,7 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_nothing_matched() -> None:
     result = run(*TINY, "--kernels", "wgmma_*")
     assert result.exit_code == 1
-    assert "no instance" in result.output
+    assert "no instance matches --kernels; those that run on cpu here: cpu_" in result.output
 
 
 def test_models_are_the_shapes_of_their_layers() -> None:
@@ -222,6 +232,42 @@ def test_what_does_not_run_has_a_row_with_the_reason(
     assert set(bad["us"]) == {""}
     alone = run(*TINY, "--kernels", "tile_portable")
     assert alone.exit_code == 1, "nothing ran at all"
+
+
+def test_a_broken_device_leaves_a_row_and_is_gone_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = profiler_measure._call_of
+
+    def refuse(case: Case, bias: torch.Tensor | None) -> Any:
+        def call(weight: Any, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("an illegal memory access was encountered\nmore")
+
+        return call if "stream" in case.instance and case.m == 1 else right(case, bias)
+
+    path = tmp_path / "p.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(profiler_measure, "_call_of", refuse)
+        patch.setattr(Profiler, "_device_error", lambda self: "it does not answer")
+        broken = run(*TINY, *PORTABLE, "--csv", path)
+    assert broken.exit_code == 1
+    assert "cpu_stream_portable: an illegal memory access was encountered; after it the GPU reports: it does" in (
+        broken.output
+    )
+    assert list(read(path)[["instance", "m", "disposition"]].itertuples(index=False, name=None)) == [
+        ("cpu_stream_portable", "1", "failed")
+    ]
+    rest = run(*TINY, *PORTABLE, "--csv", path, "--append")
+    assert rest.exit_code == 0, rest.output
+    assert list(read(path)["disposition"]) == ["failed", "passed", "passed", "passed"]
+
+
+def test_tokens_of_a_file_of_shapes(tmp_path: Path) -> None:
+    shapes, path = tmp_path / "shapes.json", tmp_path / "p.csv"
+    shapes.write_text('{"m": [3, 5], "models": {"a": [[64, 128]]}}')
+    options = ("--shapes", shapes, "--formats", "nf4", "--hot", "--kernels", "tile_portable")
+    assert run(*options, "--csv", path).exit_code == 0
+    assert list(read(path)["m"]) == ["3", "5"]
+    assert run(*options, "--m", 2, "--csv", tmp_path / "q.csv").exit_code == 0
+    assert list(read(tmp_path / "q.csv")["m"]) == ["2"]
 
 
 def test_a_shape_that_the_format_does_not_allow_is_not_supported() -> None:

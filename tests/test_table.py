@@ -16,7 +16,9 @@ from table_data import DEQUANT, DEVICE, STREAM, TILE, bucket, entry, row, table,
 from pyquant.cli import main
 from pyquant.tables import Bucket, Entry, Table, read_table
 from pyquant.tables.build import build_table, winners
+from pyquant.tables.check import problems_of
 from pyquant.tables.diff import changes
+from pyquant.tables.lookup import Lookup
 from pyquant.tables.measurements import read_measurements
 from pyquant.tables.score import split_by_shape
 
@@ -133,6 +135,22 @@ def test_a_table_from_the_benchmarks_of_an_h200(tmp_path: Path) -> None:
     assert "cuda_stream_int4_bf16" in shown.output
     assert "driver: 580.159.04" in shown.output
     assert json.loads(run("show", path, "--json").output)["device"] == "NVIDIA H200"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*/table.json")), ids=lambda path: path.parent.name)
+def test_shipped_tables_are_built_from_their_csv_and_in_use(path: Path) -> None:
+    shipped = read_table(path)
+    provenance = shipped.provenance
+    measurements = read_measurements([path.parent / name for name in provenance["csv"]])
+    assert build_table(measurements, provenance["margin"]).to_json() == path.read_text()
+    assert list(problems_of(shipped, measurements)) == []
+    in_library = Lookup(device=shipped.device)
+    for e in shipped.entries:
+        for b in e.buckets:
+            found = in_library.find(e.encoding, e.dtype, e.group_size, e.n, e.k, b.first)
+            assert found is not None
+            assert found.bucket == b
+            assert (found.n, found.k) == (e.n, e.k)
 
 
 def test_reading_back_what_was_written(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 // bf16. Meant for few tokens: a unit's weights are decoded once for up to 8 tokens.
 //
 // Lane l = 4g + t of a warp decodes what the tensor cores would give it of two atoms: rows g, g + 8, g + 16, g + 24 and
-// four k of each 16-k step, and multiplies them with x from shared memory. The products of a group are summed, then
-// multiplied with its scale in fp32; sums of lanes, warps and thread blocks (of a cluster, through distributed shared
-// memory) are added in a fixed order, so a result depends neither on the run nor on the neighbouring tokens.
+// four k of each 16-k step, and multiplies them with x from shared memory. The products of a group, or of a step where
+// groups are shorter than 64 k, are summed, then multiplied with the scale in fp32; sums of lanes, warps and thread
+// blocks (of a cluster, through distributed shared memory) are added in a fixed order, so a result depends neither on
+// the run nor on the neighbouring tokens.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cluster_launch.hpp"
@@ -40,50 +41,53 @@ struct Params {
   const void* bias;
   int64_t ldx, ldy, m;
   DType dtype;
-  bool x_pairs;           // two values of x from an even k may be one load
-  int blocks;             // along K
-  int groups;             // in a 64-k block, as packed: 1, 2 or 4
-  unsigned group_ends;    // bit i: a group ends with step i of a block
-  int group_shift;        // group of k = k >> group_shift
-  int64_t row_groups;     // of a row of the weight
-  int64_t packed_groups;  // of a slab
+  bool x_pairs;            // two values of x from an even k may be one load
+  int blocks;              // along K
+  int groups;              // in a 64-k block, as packed: 1, 2 or 4
+  int group_shift;         // group of k = k >> group_shift
+  uint32_t row_groups;     // of a row of the weight
+  uint32_t packed_groups;  // of a slab
   SimtMemory memory;
   SimtPlan plan;
   int cluster_shift;  // log2(plan.cluster)
+  int row_shift;      // log2(plan.row_warps)
+  int k_warps;        // plan.k_warps()
 };
+
+// Groups of a 64-k block.
+template <Groups kGroups>
+__device__ __forceinline__ int groups_of(const Params& p) {
+  return kGroups == Groups::kWhole ? 1 : p.groups;
+}
 
 // ---- weights: a ring of units for each warp
 
-// Where a warp's units come from; a lane's part of each.
-template <class Codes, Groups kGroups>
+// Where the units of 32 rows come from; a lane's part of each. All places are numbers of 32 bits: fits_32_bits.
+template <class Codes, Groups kGroups, int kTokens>
 struct UnitSource {
   static constexpr int kPieces = kSimtUnitAtoms * layout::atom_bytes(Codes::kBits) / 16;
 
-  // Registers are short with 8 tokens, so places are numbers of 32 bits, and what only some formats have is compiled
-  // only for those.
-  uint32_t code_piece;   // of 16 bytes
-  uint32_t scale_piece;  // of kLaneRows scales, or zeros
-  int32_t absmax_row;    // row lane / 4 + 8 * (lane % 4), or -1 beyond N: that of the second-level absmax
-
-  __device__ __forceinline__ UnitSource(const Params& p, int64_t row, int lane) {
-    const Weight& w = p.weight;
-    code_piece = static_cast<uint32_t>(layout::atom_offset(row, 0, w.k, Codes::kBits) / 16) + lane;
-    if constexpr (kGroups != Groups::kFlat) {
-      // Lane = 8 * group + g takes the four values of g's rows.
-      const int64_t first = row / layout::kBlockRows * p.packed_groups * layout::kBlockRows +
-                            layout::scale_position(static_cast<int>(row % layout::kBlockRows)) +
-                            lane / 8 * layout::kBlockRows + lane % 8 * 8;
-      scale_piece = static_cast<uint32_t>(first / kLaneRows);
-      const int64_t n = row + lane % kQuad * 8 + lane / kQuad;
-      absmax_row = n < w.n ? static_cast<int32_t>(n) : -1;
-    }
-  }
+  uint32_t first_row;
 
   // Requests the unit of a k block.
   __device__ __forceinline__ void request(const Params& p, uint8_t* stage, int block, int lane) const {
     const Weight& w = p.weight;
-    const uint8_t* const from =
-        w.codes + uint64_t{code_piece} * 16 + int64_t{block} * layout::block_bytes(Codes::kBits);
+    uint32_t row = first_row;
+    // Registers are short with 8 tokens. Opaque, so that what follows from these is computed in each call and not held
+    // throughout the loop; that this ends the spills was found by trying (nvcc 13.0).
+    if constexpr (kTokens == 8) {
+      asm volatile("" : "+r"(row));
+#if __CUDA_ARCH__ >= 900
+      asm volatile("" : "+r"(lane));
+#endif
+    }
+    const uint32_t slab = row / layout::kBlockRows, row_in_slab = row % layout::kBlockRows;
+
+    constexpr uint32_t kBlockPieces = layout::block_bytes(Codes::kBits) / 16;
+    constexpr uint32_t kAtomPieces = layout::atom_bytes(Codes::kBits) / 16;
+    const uint32_t code_piece = (slab * static_cast<uint32_t>(p.blocks) + block) * kBlockPieces +
+                                row_in_slab / layout::kAtomRows * kAtomPieces + lane;
+    const uint8_t* const from = w.codes + uint64_t{code_piece} * 16;
 #pragma unroll
     for (int first = 0; first < kPieces; first += layout::kLanes) {
       if (first + layout::kLanes <= kPieces || first + lane < kPieces) {
@@ -91,19 +95,24 @@ struct UnitSource {
       }
     }
     if constexpr (kGroups != Groups::kFlat) {
-      const unsigned group = static_cast<unsigned>(block) * layout::kBlockK >> p.group_shift;
-      if (lane < p.groups * 8) {
-        copy_values(stage + p.memory.scales, w.scales, size_of(w.scale_type), group, lane);
+      const uint32_t group = static_cast<uint32_t>(block) * layout::kBlockK >> p.group_shift;
+      const int groups = groups_of<kGroups>(p);
+      if (lane < groups * 8) {
+        // Lane = 8 * group + g takes the four values of g's rows.
+        const uint32_t piece = (slab * p.packed_groups + group + lane / 8) * (layout::kBlockRows / kLaneRows) +
+                               (layout::scale_position(static_cast<int>(row_in_slab)) + lane % 8 * 8) / kLaneRows;
+        copy_values(stage + p.memory.scales, w.scales, size_of(w.scale_type), piece, lane);
         if constexpr (Codes::kZeros) {
-          copy_values(stage + p.memory.zeros, w.zeros, zero_size(w.zero_type, w.scale_type), group, lane);
+          copy_values(stage + p.memory.zeros, w.zeros, zero_size(w.zero_type, w.scale_type), piece, lane);
         }
       }
       if (Codes::kIsCodebook && w.scale_type == ScaleType::kNested) {
+        const uint32_t n = row + lane % kQuad * 8 + lane / kQuad;
 #pragma unroll 1
-        for (int i = 0; i < p.groups; ++i) {
+        for (int i = 0; i < groups; ++i) {
           // Padding has no second level.
-          const bool valid = absmax_row >= 0 && group + i < p.row_groups;
-          const float* absmax = w.nested_absmax + (valid ? (absmax_row * p.row_groups + group + i) / kNestedBlock : 0);
+          const bool valid = n < static_cast<uint32_t>(w.n) && group + i < p.row_groups;
+          const float* absmax = w.nested_absmax + (valid ? (n * p.row_groups + group + i) / kNestedBlock : 0);
           copy_async<4>(stage + p.memory.second + (i * layout::kLanes + lane) * 4, absmax, valid);
         }
       }
@@ -111,12 +120,12 @@ struct UnitSource {
   }
 
  private:
-  // The lane's kLaneRows values of `size` bytes.
-  __device__ __forceinline__ void copy_values(uint8_t* to, const void* values, int size, unsigned group,
+  // The lane's kLaneRows values of `size` bytes: `piece` counts such.
+  __device__ __forceinline__ void copy_values(uint8_t* to, const void* values, int size, uint32_t piece,
                                               int lane) const {
-    const uint64_t piece = uint64_t{group} * (layout::kBlockRows / kLaneRows) + scale_piece;
-    const uint8_t* const from = static_cast<const uint8_t*>(values) + piece * static_cast<unsigned>(kLaneRows * size);
-    to += lane * kLaneRows * size;
+    const unsigned bytes = kLaneRows * size;
+    const uint8_t* const from = static_cast<const uint8_t*>(values) + uint64_t{piece} * bytes;
+    to += lane * bytes;
     if (size == 4) {
       copy_async<16>(to, from);
     } else if (size == 2) {
@@ -128,6 +137,7 @@ struct UnitSource {
 };
 
 // Scales and zeros of a unit as fp32, where they are not stored so: a lane decodes one value of each group.
+template <Groups kGroups>
 __device__ __forceinline__ void decode_values(const Params& p, uint8_t* memory, const uint8_t* stage, const float* map,
                                               int lane) {
   Weight staged = p.weight;
@@ -136,7 +146,7 @@ __device__ __forceinline__ void decode_values(const Params& p, uint8_t* memory, 
   staged.nested_map = map;
   staged.nested_absmax = reinterpret_cast<const float*>(stage + p.memory.second);
 #pragma unroll 1
-  for (int i = lane; i < p.groups * layout::kLanes; i += layout::kLanes) {
+  for (int i = lane; i < groups_of<kGroups>(p) * layout::kLanes; i += layout::kLanes) {
     // The stage has a second-level value for each scale.
     if (p.memory.decoded_scales != 0) {
       reinterpret_cast<float*>(memory + p.memory.decoded_scales)[i] =
@@ -223,36 +233,41 @@ struct Unit {
   typename Codes::Words words[kSimtUnitAtoms];
   typename Codes::State state;
   const float4* x;
-  const float4* scales;  // of the groups that follow
+  const float4* scales;  // of the lane's rows, each group's
   const float4* zeros;
-  float zero[kLaneRows];  // of the group
-  int64_t row;            // flat scales only
+  int64_t row;  // flat scales only
   int block;
 };
 
-// Steps kStep .. 3 of a unit: 32 rows x 16 k x kTokens each. `totals` gets the sums of each group, scaled.
+// The values of a lane's rows.
+__device__ __forceinline__ void load_values(const float4* from, float (&values)[kLaneRows]) {
+  const float4 v = *from;
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+
+// Steps kStep .. 3 of a unit: 32 rows x 16 k x kTokens each. `totals` gets the sums of each group, scaled; those of a
+// step where a block has several groups, so that no sums live from step to step.
 template <class Codes, int kTokens, Groups kGroups, int kStep = 0>
-__device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& unit, int lane,
+__device__ __forceinline__ void multiply_steps(const Params& p, const Unit<Codes>& unit, int lane,
                                                float (&sums)[kLaneRows][kTokens], float (&totals)[kLaneRows][kTokens]) {
   constexpr bool kLast = kStep + 1 == layout::kSteps;
+  constexpr bool kSumStarts = kStep == 0 || kGroups == Groups::kSteps;
+  constexpr bool kSumEnds = kLast || kGroups == Groups::kSteps;
+  // Of the step's group.
+  const int values = kStep * groups_of<kGroups>(p) / layout::kSteps * (layout::kLanes / kLaneRows);
   float weights[kSimtUnitAtoms][2][kLaneK];
 #pragma unroll
   for (int atom = 0; atom < kSimtUnitAtoms; ++atom) {
     Codes::template decode<kStep>(unit.words[atom], unit.state, weights[atom]);
   }
-  if constexpr (Codes::kZeros) {
-    if (kStep == 0 || (kGroups == Groups::kSteps && (p.group_ends >> (kStep - 1) & 1) != 0)) {
-      const float4 v = *unit.zeros;
-      unit.zero[0] = v.x, unit.zero[1] = v.y, unit.zero[2] = v.z, unit.zero[3] = v.w;
-      unit.zeros += layout::kLanes / 4;
-    }
-  }
+  float zero[kLaneRows];
+  if constexpr (Codes::kZeros) load_values(unit.zeros + values, zero);
 #pragma unroll
   for (int j = 0; j < kLaneRows; ++j) {
     float (&w)[kLaneK] = weights[j / 2][j % 2];
 #pragma unroll
     for (int i = 0; i < kLaneK; ++i) {
-      if constexpr (Codes::kZeros) w[i] -= unit.zero[j];
+      if constexpr (Codes::kZeros) w[i] -= zero[j];
       if constexpr (kGroups == Groups::kFlat) {
         const int64_t k =
             int64_t{unit.block} * layout::kBlockK + kStep * layout::kStepK + lane % kQuad * 2 + i % 2 + i / 2 * 8;
@@ -260,6 +275,8 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& uni
       }
     }
   }
+  float scale[kLaneRows];
+  if constexpr (kSumEnds && kGroups != Groups::kFlat) load_values(unit.scales + values, scale);
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
     const float4 v = unit.x[(kStep * kTokens + token) * (layout::kStepK / kLaneK)];
@@ -267,30 +284,13 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Unit<Codes>& uni
     for (int j = 0; j < kLaneRows; ++j) {
       const float (&w)[kLaneK] = weights[j / 2][j % 2];
       float& sum = sums[j][token];
-      sum = kStep == 0 ? w[0] * v.x : __fmaf_rn(w[0], v.x, sum);
+      sum = kSumStarts ? w[0] * v.x : __fmaf_rn(w[0], v.x, sum);
       sum = __fmaf_rn(w[1], v.y, sum);
       sum = __fmaf_rn(w[2], v.z, sum);
       sum = __fmaf_rn(w[3], v.w, sum);
-    }
-  }
-  if constexpr (kGroups == Groups::kFlat) {
-    if constexpr (kLast) {
-#pragma unroll
-      for (int j = 0; j < kLaneRows; ++j) {
-#pragma unroll
-        for (int token = 0; token < kTokens; ++token) totals[j][token] += sums[j][token];
-      }
-    }
-  } else if (kLast || (kGroups == Groups::kSteps && (p.group_ends >> kStep & 1) != 0)) {
-    const float4 v = *unit.scales;
-    unit.scales += layout::kLanes / 4;
-    const float scale[kLaneRows] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-#pragma unroll
-      for (int token = 0; token < kTokens; ++token) {
-        totals[j][token] = __fmaf_rn(sums[j][token], scale[j], totals[j][token]);
-        sums[j][token] = 0.0f;
+      if constexpr (kSumEnds) {
+        float& total = totals[j][token];
+        total = kGroups == Groups::kFlat ? total + sum : __fmaf_rn(sum, scale[j], total);
       }
     }
   }
@@ -334,16 +334,17 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   const int cluster = p.plan.cluster, rank = static_cast<int>(blockIdx.x) & (cluster - 1);
   const unsigned tile = blockIdx.x >> p.cluster_shift, token_tiles = static_cast<unsigned>(p.plan.token_tiles);
   const unsigned row_tile = tile / token_tiles, token_tile = tile % token_tiles;
-  const int row_warp = warp & (p.plan.row_warps - 1), k_warps = p.plan.k_warps(), k_warp = warp / p.plan.row_warps;
-  const int64_t row = (int64_t{row_tile} * p.plan.row_warps + row_warp) * kSimtUnitRows;
+  const int row_warp = warp & (p.plan.row_warps - 1), k_warps = p.k_warps, k_warp = warp >> p.row_shift;
+  const int tile_rows = p.plan.tile_rows();
+  const uint32_t first_row = row_tile * tile_rows, row = first_row + row_warp * kSimtUnitRows;
   const int begin = static_cast<int>(int64_t{p.blocks} * rank >> p.cluster_shift);
   const int last = static_cast<int>(int64_t{p.blocks} * (rank + 1) >> p.cluster_shift);
-  const int end = row < p.weight.n ? last : begin;  // warps beyond N have no blocks
+  const int end = row < static_cast<uint32_t>(p.weight.n) ? last : begin;  // warps beyond N have no blocks
 
   // Nothing of the weight was written by the kernel before: request it at once.
   launch_dependents();
   uint8_t* const memory = shared + p.memory.warps + warp * p.memory.warp_bytes;
-  const UnitSource<Codes, kGroups> source(p, row, lane);
+  const UnitSource<Codes, kGroups, kTokens> source{row};
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     const int block = begin + k_warp + i * k_warps;
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
       uint8_t* const stored = memory + stage * p.memory.stage_bytes;
       copy_async_wait<kStages - 1>();
       __syncwarp();
-      if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values(p, memory, stored, map, lane);
+      if (p.memory.decoded_scales + p.memory.decoded_zeros != 0) decode_values<kGroups>(p, memory, stored, map, lane);
       Unit<Codes> unit;
       for (int atom = 0; atom < kSimtUnitAtoms; ++atom) {
         unit.words[atom].load(stored + atom * layout::atom_bytes(Codes::kBits), lane);
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   copy_async_wait<0>();
 
   // Over x, [k warp][token][row of the tile]; then the thread block's sums, [token][row].
-  const int tile_rows = p.plan.tile_rows(), count = kTokens * tile_rows;
+  const int count = kTokens * tile_rows;
   float row_sums[kTokens];
   const int row_in_unit = add_quad<kTokens>(totals, lane, row_sums);
   __syncthreads();
@@ -408,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 2) simt_kernel(const __grid_constant
   __syncthreads();
   float* const block_sums = x + k_warps * count;
   const auto store = [&](int i, float sum) {
-    store_output(p, int64_t{token_tile} * kTokens + i / tile_rows, int64_t{row_tile} * tile_rows + i % tile_rows, sum);
+    store_output(p, int64_t{token_tile} * kTokens + i / tile_rows, first_row + i % tile_rows, sum);
   };
   for (int i = threadIdx.x; i < count; i += kThreads) {
     float sum = x[i];
@@ -457,14 +458,15 @@ const char* run(const GemmProblem& problem) {
     ++p.group_shift;
   }
   p.groups = kGroups == Groups::kSteps ? static_cast<int>(layout::kBlockK / w.group_size) : 1;
-  p.row_groups = w.groups();
-  p.packed_groups = packed_groups;
-  p.group_ends = p.groups == 1 ? 0b1000u : p.groups == 2 ? 0b1010u : 0b1111u;
+  p.row_groups = static_cast<uint32_t>(w.groups());
+  p.packed_groups = static_cast<uint32_t>(packed_groups);
   static_assert(Codes::kTableBytes == simt_table_bytes(Codes::kIsCodebook, Codes::kBits));
   p.memory = simt_memory(w, p.groups, kTokens, device.shared_bytes);
   p.plan = plan_simt(problem.m, w.n, w.k, kTokens, std::min(kXBytes, device.shared_bytes - p.memory.x), device.sms,
                      device.clusters);
   while (1 << p.cluster_shift < p.plan.cluster) ++p.cluster_shift;
+  while (1 << p.row_shift < p.plan.row_warps) ++p.row_shift;
+  p.k_warps = p.plan.k_warps();
   const int x_bytes = p.plan.chunk_blocks * layout::kBlockK * kTokens * static_cast<int>(sizeof(float));
   const int shared_bytes = p.memory.x + std::max(x_bytes, simt_sum_bytes(kTokens, p.plan.tile_rows()));
   if (shared_bytes > device.shared_bytes) return "simt: the device has too little shared memory";
@@ -519,9 +521,10 @@ const char* simt_gemm(const GemmProblem& p) {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % layout::kMaxPieceBytes == 0; }
 
-// UnitSource's numbers.
+// UnitSource's numbers. There are no more pieces of scales than of codes: a group has 16 k at least, a code 2 bits.
 bool fits_32_bits(const Weight& w) {
-  return w.n <= INT32_MAX && layout::packed_code_bytes(w.n, w.k, w.bits) / 16 <= UINT32_MAX;
+  return w.n <= INT32_MAX && layout::packed_code_bytes(w.n, w.k, w.bits) / 16 <= UINT32_MAX &&
+         (w.scale_type != ScaleType::kNested || w.n * w.groups() <= UINT32_MAX);
 }
 
 // Only codebooks have nested scales: UnitSource.

@@ -13,6 +13,7 @@
 
 namespace cutlass_ext::cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // Where the lookup table stands in a thread block's shared memory, so that a lookup needs no addition: dynamic shared
 // memory starts there (the first kilobyte is the system's). In a cluster the block's rank stands in bits 24 and up.
 constexpr uint32_t kTableAddress = 1024;
@@ -23,6 +24,16 @@ __device__ __forceinline__ uint32_t table_lane(const void* shared, uint32_t copy
   if ((window & 0xFFFFFFu) != 0) __trap();
   return window | copy_offset;
 }
+__device__ __forceinline__ uint32_t table_offset(uint32_t entry, uint32_t lane) { return entry | lane; }
+#else
+// Machine code for older GPUs has dynamic shared memory at 0, but their PTX also runs on newer ones: any address.
+constexpr uint32_t kTableAddress = 0;
+
+__device__ __forceinline__ uint32_t table_lane(const void* shared, uint32_t copy_offset) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + copy_offset;
+}
+__device__ __forceinline__ uint32_t table_offset(uint32_t entry, uint32_t lane) { return entry + lane; }
+#endif
 
 // Reads a table that was complete before the last barrier: the compiler may move and merge the loads.
 __device__ __forceinline__ float2 table_pair(uint32_t offset) {
@@ -102,13 +113,12 @@ struct CodebookCodes {
       float* const out = weights[kPair % 2] + kPair / 2 * 2;
       if constexpr (kPairTable) {
         constexpr auto kAt = Words::place(kStep, 2 * kPair, 0);
-        uint32_t offset = move_field<kAt.shift, 2 * kLow, kShift>(words.words[kAt.word]);
+        uint32_t entry = move_field<kAt.shift, 2 * kLow, kShift>(words.words[kAt.word]);
         if constexpr (kHigh != 0) {
           constexpr auto kAtHigh = Words::place(kStep, 2 * kPair, 1);
-          offset |= move_field<kAtHigh.shift, 2 * kHigh, kShift + 2 * kLow>(words.words[kAtHigh.word]);
+          entry |= move_field<kAtHigh.shift, 2 * kHigh, kShift + 2 * kLow>(words.words[kAtHigh.word]);
         }
-        offset |= lane;
-        const float2 v = table_pair(offset);
+        const float2 v = table_pair(table_offset(entry, lane));
         out[0] = v.x, out[1] = v.y;
       } else {
         out[0] = lookup<kStep, 2 * kPair>(words, lane);
@@ -122,9 +132,9 @@ struct CodebookCodes {
   __device__ __forceinline__ static float lookup(const Words& words, uint32_t lane) {
     constexpr auto kAt = Words::place(kStep, kValue, 0);
     constexpr auto kAtHigh = Words::place(kStep, kValue, 1);
-    const uint32_t offset = move_field<kAt.shift, kLow, kShift>(words.words[kAt.word]) |
-                            move_field<kAtHigh.shift, kHigh, kShift + kLow>(words.words[kAtHigh.word]) | lane;
-    return table_value(offset);
+    const uint32_t entry = move_field<kAt.shift, kLow, kShift>(words.words[kAt.word]) |
+                           move_field<kAtHigh.shift, kHigh, kShift + kLow>(words.words[kAtHigh.word]);
+    return table_value(table_offset(entry, lane));
   }
 };
 

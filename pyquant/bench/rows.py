@@ -12,6 +12,7 @@ from typing import Any, Protocol, get_type_hints
 from .environment import Environment
 
 PASSED, INCORRECT = "passed", "incorrect"
+ROWS_FILE = "rows.csv"  # in the folder of a report
 INSTANCE_PROVIDER = "pyquant instance"  # the provider of rows of one kernel instance, whatever the dispatch takes
 
 

@@ -13,7 +13,7 @@ import torch
 from ..bench.environment import read_environment
 from ..bench.gpu import Plan, measure
 from ..bench.plot import plot
-from ..bench.rows import INCORRECT, Row
+from ..bench.rows import INCORRECT, ROWS_FILE, Row
 from .collect import collect
 from .output import print_json, print_table
 
@@ -33,6 +33,10 @@ def run_gpu(
     Raises:
         click.exceptions.Exit: 1 when a y of pyquant's is incorrect or a call failed, 130 when interrupted.
     """
+    if report_path and not csv_path:
+        # The report's own copy: many shapes take long, and a killed process writes no report.
+        report_path.mkdir(parents=True, exist_ok=True)
+        csv_path = report_path / ROWS_FILE
     found = collect(lambda: measure(plan, read_environment()), Row, plan.cells, csv_path)
     rows = found.rows
     report(rows, plot_path=plot_path, report_path=report_path, as_json=as_json)

@@ -30,19 +30,26 @@ if TYPE_CHECKING:
     from ..profiler.measure import Profiler
     from ..profiler.plan import Case
 
-_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+_TOKENS = tuple(2**i for i in range(14))
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--kernels", "globs", type=CommaList(click.STRING), multiple=True, metavar="GLOB[,...]",
-              help="Instances by name, with or without the device: 'stream_*', '*int4*'. Default: all.")  # fmt: skip
-@click.option("--m", "tokens", type=IntRanges(), default=_TOKENS, show_default=True,
-              help="Tokens: values and ranges start:end:step, the end included.")  # fmt: skip
+              help="Instances by name, with or without the device, of an encoding or a format: 'stream_*', '*nf4*'. "
+              "Default: all.")  # fmt: skip
+@click.option("--m", "tokens", type=IntRanges(),
+              help="Tokens: values and ranges start:end:step, the end included. "
+              f"Default: {', '.join(map(str, _TOKENS))}.")  # fmt: skip
 @click.option("--n", "ns", type=IntRanges(), help="out_features, each with each of --k.")
 @click.option("--k", "ks", type=IntRanges(), help="in_features.")
-@click.option("--shapes", "shapes_file", type=_FILE, help='JSON: {"models": {name: [[N, K], ...]}}.')
+@click.option(
+    "--shapes",
+    "shapes_file",
+    type=_FILE,
+    help='JSON: {"models": {name: [[N, K], ...]}}; its "m" is the default of --m.',
+)
 @click.option("--model", "models", type=click.Choice(list(CONFIGS), case_sensitive=False), multiple=True,
               help="The linear layers of a public model; repeatable.")  # fmt: skip
 @click.option("--formats", "format_lists", type=CommaList(Format()), multiple=True,
@@ -63,7 +70,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def profile(
     device: str,
     globs: tuple[tuple[str, ...], ...],
-    tokens: tuple[int, ...],
+    tokens: tuple[int, ...] | None,
     ns: tuple[int, ...] | None,
     ks: tuple[int, ...] | None,
     shapes_file: Path | None,
@@ -101,7 +108,9 @@ def profile(
     from ..profiler.measure import Profiler
     from ..profiler.plan import Setting, cases, instances_of
 
-    shapes = _shapes(ns, ks, shapes_file, models)
+    file_shapes, file_tokens = read_shapes(shapes_file) if shapes_file else ([], [])
+    shapes = _shapes(ns, ks, file_shapes, models)
+    tokens = tokens or tuple(file_tokens) or _TOKENS
     specs = _specs(flatten(format_lists), group_sizes or (), nested)
     if append and csv_path is None:
         raise click.UsageError("--append needs --csv")
@@ -109,7 +118,8 @@ def profile(
         raise click.UsageError(f"{csv_path} is there already: --append goes on with it")
     instances = instances_of(device, flatten(globs))
     if not instances:
-        raise click.ClickException(f"no instance of this build that runs on {device} matches --kernels")
+        names = ", ".join(name for _, name, _ in instances_of(device, [])) or "none"
+        raise click.ClickException(f"no instance matches --kernels; those that run on {device} here: {names}")
     launch = "host" if device == "cpu" else "graph" if graph else "stream"
     setting = Setting(device, dtype, bias, "cold" if cold else "hot", launch, verify)
     profiler = Profiler(setting)
@@ -186,12 +196,15 @@ def _print_fastest(measured: Sequence[ProfileRow]) -> None:
 
 
 def _shapes(
-    ns: tuple[int, ...] | None, ks: tuple[int, ...] | None, shapes_file: Path | None, models: tuple[str, ...]
+    ns: tuple[int, ...] | None,
+    ks: tuple[int, ...] | None,
+    file_shapes: Sequence[tuple[int, int]],
+    models: tuple[str, ...],
 ) -> list[tuple[int, int]]:
     if (ns is None) != (ks is None):
         raise click.UsageError("--n and --k need each other")
     shapes = list(itertools.product(ns or (), ks or ()))
-    shapes += read_shapes(shapes_file)[0] if shapes_file else []
+    shapes += file_shapes
     shapes += [shape for model in models for shape in CONFIGS[model.lower()].shapes()]
     if not shapes:
         raise click.UsageError("which weights? --n and --k, --shapes or --model")

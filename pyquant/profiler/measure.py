@@ -69,6 +69,7 @@ class Profiler:
         Raises:
             BrokenDevice: a kernel failed in a way after which the process cannot use the GPU.
         """
+        _ = self.environment  # while the device is whole
         for case in cases:
             try:
                 row = self._measure(case)
@@ -76,17 +77,23 @@ class Profiler:
                 row = self._row(case, NOT_SUPPORTED, str(error))
             except RuntimeError as error:
                 reason = str(error).strip().split("\n")[0]
-                self._raise_if_broken(case, reason)
+                broken = self._device_error()
+                if broken:
+                    # The row comes first, so that going on with the file leaves this case out.
+                    yield self._row(case, FAILED, reason)
+                    raise BrokenDevice(f"{case.instance}: {reason}; after it the GPU reports: {broken}") from error
                 row = self._row(case, NOT_SUPPORTED if reason.startswith(_REFUSAL) else FAILED, reason)
             yield row
 
-    def _raise_if_broken(self, case: Case, reason: str) -> None:
+    def _device_error(self) -> str:
+        """What the GPU reports if it does not answer any more, else ""."""
         if not self.on_gpu:
-            return
+            return ""
         try:
             gpu_device.synchronize()
-        except RuntimeError as broken:
-            raise BrokenDevice(f"{case.instance}: {reason}; after it the GPU reports: {broken}") from broken
+        except RuntimeError as error:
+            return str(error).strip().split("\n")[0]
+        return ""
 
     def _measure(self, case: Case) -> ProfileRow:
         packed, reference, copies = self._weight(case)

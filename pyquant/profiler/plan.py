@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from .. import _library
 from ..bench.format_spec import FormatSpec
+from ..formats import FORMATS, Encoding
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class Case:
 
 
 def instances_of(device: str, globs: Sequence[str]) -> list[tuple[int, str, bool]]:
-    """Index, name and is_gemm of the instances that ``device`` can run and one of ``globs`` matches, with or without
-    the device in front of the name; no globs: all. Of those that dequantize the first only: a call takes no other."""
+    """Index, name and is_gemm of the instances that ``device`` can run and one of ``globs`` matches; no globs: all.
+
+    A glob may leave out the device in front of a name, and may name a format (``wgmma_nf4_*``) in place of its
+    encoding (``wgmma_codebook4_*``). Of instances that dequantize there is the first only: a call takes no other.
+    """
     rows = enumerate(_library.instances())
     usable = [(i, str(r["name"]), bool(r["is_gemm"])) for i, r in rows if r["device"] == device and r["available"]]
     dense = next((row for row in usable if not row[2]), None)
@@ -68,7 +72,12 @@ def instances_of(device: str, globs: Sequence[str]) -> list[tuple[int, str, bool
 
 
 def _matches(name: str, device: str, glob: str) -> bool:
-    return fnmatchcase(name, glob) or fnmatchcase(name.removeprefix(f"{device}_"), glob)
+    words = name.split("_")
+    names = {name}
+    for fmt in FORMATS.values():
+        kind = "codebook" if fmt.encoding is Encoding.CODEBOOK else "int"  # kernels of int4 take uint4 as well
+        names.add("_".join(fmt.name if word == f"{kind}{fmt.bits}" else word for word in words))
+    return any(fnmatchcase(n, glob) or fnmatchcase(n.removeprefix(f"{device}_"), glob) for n in names)
 
 
 def cases(

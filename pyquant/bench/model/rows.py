@@ -30,8 +30,8 @@ class _Figures:
     lm_head_ms: float | None
     attention_ms: float | None
     elementwise_ms: float | None  # norms, rotary embeddings, activations, residuals, embedding, argmax
-    gaps_ms: float | None  # tpot_ms less the four, which is time without a kernel; GPU only
-    linear_bytes: int  # of weights that the linear layers read for a token
+    gaps_ms: float | None  # tpot_ms less the four, if that is above 0: time without a kernel; GPU only
+    linear_bytes: int | None  # of weights that the linear layers read for a token
     check: str  # passed or incorrect: the logits against the dequantized model's; "": not compared
     error: float | None
     reason: str  # why there are no times

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .decoder import Decoder, is_head
 BF16 = "bf16"
 BITSANDBYTES = ("bnb_nf4", "bnb_nf4_nested")
 _PROVIDERS: dict[str, type[Provider]] = {peer.name: peer for peer in PEERS if peer.name not in BITSANDBYTES}
-DEFAULT = (BF16, BITSANDBYTES[0], "nf4", "int4-g128")
+DEFAULT = (BF16, BITSANDBYTES[0], "marlin", "machete", "humming", "nf4", "int4-g128")
 NAMES = (BF16, *BITSANDBYTES, *_PROVIDERS)
 
 
@@ -75,11 +75,15 @@ class PeerLinear(nn.Module):
     def __init__(self, provider: Provider, w: torch.Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = w.shape
-        self.operand = provider.build(Source(self.out_features, self.in_features, w.dtype, w=w))
+        operand = provider.build(Source(self.out_features, self.in_features, w.dtype, w=w))
+        self.operand = replace(operand, reference=None)  # which would keep w alive
 
+    # Operators of a library that is loaded without its Python part have no fake kernels, and kernels that are made at
+    # run time are not for a tracer: torch.compile takes what stands around the layer.
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.operand.call(self.operand.weight, x.reshape(-1, self.in_features))
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 def _bitsandbytes_layer(w: torch.Tensor, nested: bool) -> nn.Module:

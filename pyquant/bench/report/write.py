@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plot import styles_of
-from ..rows import Row, csv_writer
+from ..rows import ROWS_FILE, Row, csv_writer
 from .charts import heatmaps, roofline_chart, speedup_chart, time_charts
 from .crossover import crossovers
 from .outliers import CAMPING, SLOW, camping, slow_shapes
@@ -33,7 +33,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
         ValueError: as :func:`~pyquant.bench.report.sweep.sweep_of`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "rows.csv"  # first: measuring again may take long
+    table = folder / ROWS_FILE  # first: measuring again may take long
     with csv_writer(table) as write:
         for row in rows:
             write(row)
