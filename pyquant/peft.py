@@ -6,11 +6,15 @@ import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+try:
+    from peft import LoraConfig, TaskType
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+    from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+except ImportError as error:
+    raise ImportError(f"pyquant.peft: expected peft 0.21 or newer ({error}): pip install 'pyquant[train]'") from error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
