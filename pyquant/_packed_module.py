@@ -95,7 +95,7 @@ class PackedModule(ABC):
         stored = self._stored()
         self._like = {name: FreedTensor.like(tensor) for name, tensor in stored.items()}
         for name, tensor in self.original().items():
-            if not torch.equal(tensor.view(torch.uint8), stored[name].view(torch.uint8)):
+            if not torch.equal(_bytes(tensor), _bytes(stored[name])):
                 raise LoadError(f"{self._name}.{name}: cannot be made again from the packed weight, so is not freed")
         self._put(self._emptied())
         self.freed = self._free_again = True
@@ -122,3 +122,8 @@ class PackedModule(ABC):
         self._put(tensors)
         self.freed = False
         self._note_sources()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # NaN in codes that are viewed as floats is equal to itself.
+    return tensor.contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""``pyquant.accelerate``: a model that bitsandbytes, HQQ or GPTQ has loaded, run by pyquant's kernels."""
+"""``pyquant.accelerate``: a model of bitsandbytes, HQQ, GPTQ or AWQ, run by pyquant's kernels."""
 
 from __future__ import annotations
 
@@ -39,17 +39,13 @@ _KINDS = (
     _Kind((("hqq", "HQQLinear"),), "W_q", _hqq_linear.reason_not_to, PackedHqq, HqqLinearPatch),
     _Kind(_gptq_linear.CLASSES, None, _gptq_linear.reason_not_to, _gptq_linear.pack, GptqLinearPatch),
 )  # fmt: skip
-_AWQ = (
-    "there is no support for layers of AWQ that are loaded; `pyquant convert` the checkpoint, and load it with "
-    "transformers after `import pyquant.hf`"
-)
 # Root package and class of quantized layers that are reported, not replaced; the first one that fits.
 _OTHERS = {
     ("bitsandbytes", "Linear8bitLt"): "LLM.int8() quantizes activations; there is no kernel for it",
     ("bitsandbytes", "Embedding4bit"): "an embedding is a look-up, no GEMM",
-    ("gptqmodel", "AWQuantLinear"): _AWQ,
+    ("gptqmodel", "AWQuantLinear"): _gptq_linear.AWQ_REARRANGED,
     ("gptqmodel", "*QuantLinear"): _gptq_linear.REARRANGED,
-    ("awq", "WQLinear*"): _AWQ,
+    ("awq", "WQLinear*"): _gptq_linear.AWQ_REARRANGED,
 }
 _PLAIN = "not quantized; pyquant.quantize_model quantizes it"
 
@@ -69,8 +65,8 @@ class Acceleration:
 
     def free_original(self) -> None:
         """Free the original bytes, which the packed weights hold as well: bitsandbytes' ``weight`` and
-        ``weight.quant_state.absmax``, HQQ's ``W_q``, ``scale`` and ``zero``, GPTQ's ``qweight``, ``qzeros`` and
-        ``scales``."""
+        ``weight.quant_state.absmax``, HQQ's ``W_q``, ``scale`` and ``zero``, ``qweight``, ``qzeros`` and ``scales`` of
+        GPTQ and AWQ."""
         for patch in self._patches:
             patch.packed.free()
 
@@ -95,7 +91,7 @@ class Acceleration:
 def accelerate(
     model: nn.Module, *, free_original: bool = False, compute_dtype: torch.dtype | None = None
 ) -> Acceleration:
-    """Run quantized layers of bitsandbytes (``Linear4bit``), HQQ and GPTQ by pyquant's kernels, in place.
+    """Run quantized layers of bitsandbytes (``Linear4bit``), HQQ, GPTQ and AWQ by pyquant's kernels, in place.
 
     Modules keep their class, parameters, buffers, ``state_dict``, ``weight.quant_state`` and ``meta``; their
     ``forward`` is replaced.
@@ -104,11 +100,11 @@ def accelerate(
 
     Args:
         model: any module that holds ``bitsandbytes.nn.Linear4bit``, ``hqq.core.quantize.HQQLinear``, or layers of
-            gptqmodel or auto_gptq whose kernel runs on the checkpoint's tensors, also inside PEFT's layers.
+            gptqmodel, auto_gptq or awq whose kernel runs on the checkpoint's tensors, also inside PEFT's layers.
         free_original: free the original bytes of each weight as soon as it is packed. ``state_dict`` and moves of the
             model restore them for as long as they need them; ``Acceleration.restore_original`` restores them for good.
-        compute_dtype: of the GEMMs, in place of the modules' ``compute_dtype`` (GPTQ: the input's): fp32, fp16 or
-            bf16.
+        compute_dtype: of the GEMMs, in place of the modules' ``compute_dtype`` (GPTQ and AWQ: the input's): fp32, fp16
+            or bf16.
 
     Returns:
         what was replaced, what was not and why; ``undo()`` takes everything back.
@@ -148,7 +144,7 @@ def accelerate(
     if not done.replaced:
         reasons = "".join(f"\n  {name or type(model).__name__}: {reason}" for name, reason in done.kept.items())
         raise ValueError(
-            "accelerate: found no Linear4bit of bitsandbytes, HQQLinear or layer of GPTQ that could be replaced"
+            "accelerate: found no Linear4bit of bitsandbytes, HQQLinear or layer of GPTQ or AWQ that could be replaced"
             + reasons
         )
     return done

@@ -84,7 +84,7 @@ class MarlinLinear(BaseQuantLinear):
 
 
 class AWQuantLinear(BaseQuantLinear):
-    pass
+    """Of a kernel of AWQ that rearranges its tensors."""
 
 
 for kernel in (BaseQuantLinear, TorchLinear, TritonV2Linear, MarlinLinear, AWQuantLinear):

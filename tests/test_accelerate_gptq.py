@@ -91,7 +91,7 @@ def test_replaces_and_undoes(layer: Any, act_order: bool) -> None:
     assert all(buffers[name] is tensor for name, tensor in model.named_buffers())
     assert_same_bits(model.state_dict(), state)
     torch.testing.assert_close(model(x), expected, rtol=2e-3, atol=2e-3)
-    with pytest.raises(ValueError, match="layer of GPTQ that could be replaced\n  0: accelerated already"):
+    with pytest.raises(ValueError, match="layer of GPTQ or AWQ that could be replaced\n  0: accelerated already"):
         accelerate(model)
     done.undo()
     done.undo()
@@ -257,12 +257,12 @@ def test_what_is_kept() -> None:
         "adapter": "it has an adapter of gptqmodel",
         "meta": "it holds no weight yet",
         "nan": "load.gptq: nan.scales: expected finite values",
-        "rearranged": "expected int32 of 64 inputs with 4 bits, got torch.uint8 [96, 32]: padded, or rearranged",
+        "rearranged": "expected int32 words of 64 inputs with 4 bits, got torch.uint8 [96, 32]: padded, or rearranged",
         "wrapped": "its forward is replaced by another library",
         "order": "load.gptq: order.g_idx: expected 32 inputs in each of 2 groups",
         "marlin": 'quantization_config=GPTQConfig(bits=4, backend="gptq_torch")',
         "exllama": "its kernel rearranges its tensors",
-        "awq": "layers of AWQ that are loaded; `pyquant convert` the checkpoint",
+        "awq": 'quantization_config=AwqConfig(bits=4, backend="torch_awq")',
         "largest": "largest.qzeros: a stored zero point is 15, which auto_gptq reads as 16 or as 0",
     }.items():
         assert reason in done.kept.pop(name)

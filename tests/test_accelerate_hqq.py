@@ -114,7 +114,7 @@ def test_replaces_and_undoes(linear: Any) -> None:
 
 
 def accelerate_again(model: nn.Module) -> str:
-    with pytest.raises(ValueError, match="HQQLinear or layer of GPTQ that could be replaced") as caught:
+    with pytest.raises(ValueError, match="HQQLinear or layer of GPTQ or AWQ that could be replaced") as caught:
         accelerate(model)
     return str(caught.value).split("0: ")[1].split("\n")[0]
 
