@@ -43,10 +43,12 @@ _KINDS = (
 _OTHERS = {
     ("bitsandbytes", "Linear8bitLt"): "LLM.int8() quantizes activations; there is no kernel for it",
     ("bitsandbytes", "Embedding4bit"): "an embedding is a look-up, no GEMM",
+    ("pyquant", "QuantLinear"): "it runs on pyquant's kernels already",
     ("gptqmodel", "AWQuantLinear"): _gptq_linear.AWQ_REARRANGED,
     ("gptqmodel", "*QuantLinear"): _gptq_linear.REARRANGED,
     ("awq", "WQLinear*"): _gptq_linear.AWQ_REARRANGED,
 }
+_CONVERT = "if that is of a quantized checkpoint, `pyquant convert` it and load that after `import pyquant.hf`"
 _PLAIN = "not quantized; pyquant.quantize_model quantizes it"
 
 
@@ -167,4 +169,14 @@ def _reason_of_other(module: nn.Module) -> str | None:
     for (package, name), reason in _OTHERS.items():
         if _is_kind(module, package, name):
             return reason
-    return _PLAIN if type(module) is nn.Linear else None
+    if type(module) is not nn.Linear:
+        return None
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter:
+        return _PLAIN
+    if weight is None:  # compressed-tensors
+        names = ", ".join(
+            name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
+        )
+        return f"it has no weight but {names or 'nothing'}; {_CONVERT}"
+    return f"its weight is a {type(weight).__name__}; {_CONVERT}"  # torchao
