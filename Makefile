@@ -20,10 +20,10 @@ run: $(VENV)/.demo
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips. Not
-# tests/test_peft.py, which has what it needs there: beside gptqmodel peft asks for optimum.
-LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py tests/test_hf_convert.py \
-              tests/test_matmul_4bit.py tests/test_training.py
+# The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips.
+LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py \
+              tests/test_accelerate_gptq.py tests/test_accelerate_awq.py tests/test_docs_accelerate.py tests/test_hf_convert.py \
+              tests/test_matmul_4bit.py tests/test_training.py tests/test_peft.py
 live: $(VENV)/.live
 	PYQUANT_LIVE=1 $(VENV)/live/bin/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 

@@ -9,7 +9,7 @@ import torch
 
 from .codes import pack_codes, unpack_codes
 from .formats import NESTED_BLOCK, ScaleType
-from .weight import QuantizedWeight
+from .weight import PackedWeight, QuantizedWeight
 
 _NAMES = ("N", "K")
 
@@ -33,13 +33,27 @@ def shard(weight: QuantizedWeight, dim: int, rank: int, world_size: int) -> Quan
     """Part ``rank`` of ``world_size`` equal ones: see ``QuantizedWeight.shard``."""
     if not 0 <= rank < world_size:
         raise ValueError(f"shard: rank: expected 0..{world_size - 1}, got {rank}")
+    length = _part_length(weight, dim, world_size)
+    return narrow(weight, dim, rank * length, length)
+
+
+def check_shards(weight: QuantizedWeight | PackedWeight, dim: int, world_size: int) -> None:
+    """Raise the ValueError that :func:`shard` would raise for any of the ranks."""
+    length = _part_length(weight, dim, world_size)
+    for start in range(0, weight.shape[dim] if world_size > 1 else 0, length):
+        if dim % 2 == 1:
+            _group_size(weight, start, start + length)
+        elif weight.flat_scales and start * weight.k % weight.group_size != 0:
+            _group_size(weight, 0, weight.k)
+
+
+def _part_length(weight: QuantizedWeight | PackedWeight, dim: int, world_size: int) -> int:
     if dim not in (0, 1, -2, -1):
         raise ValueError(f"shard: dim: expected 0 (N) or 1 (K), got {dim}")
     size = weight.shape[dim]
     if size % world_size != 0:
         raise ValueError(f"shard: {_NAMES[dim % 2]}={size} does not divide by world_size={world_size}")
-    length = size // world_size
-    return narrow(weight, dim, rank * length, length)
+    return size // world_size
 
 
 def _rows(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
@@ -90,7 +104,7 @@ def _regroup(w: QuantizedWeight, top: int, bottom: int, left: int, right: int, c
     return replace(w, n=bottom - top, k=k, group_size=size, codes=codes, **parts)
 
 
-def _group_size(w: QuantizedWeight, left: int, right: int) -> int:
+def _group_size(w: QuantizedWeight | PackedWeight, left: int, right: int) -> int:
     """Of the columns ``left`` .. ``right``: each group within one group of ``w``."""
     k, size = right - left, w.group_size
     if w.flat_scales:

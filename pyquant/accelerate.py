@@ -1,4 +1,4 @@
-"""``pyquant.accelerate``: a model that bitsandbytes or HQQ has loaded, run by pyquant's kernels."""
+"""``pyquant.accelerate``: a model of bitsandbytes, HQQ, GPTQ or AWQ, run by pyquant's kernels."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _hqq_linear, _linear4bit
+from . import _gptq_linear, _hqq_linear, _linear4bit
+from ._gptq_linear import GptqLinearPatch
 from ._hqq_linear import HqqLinearPatch
 from ._linear4bit import Linear4bitPatch
 from ._packed_hqq import PackedHqq
 from ._packed_parameter import PackedParameter
 from .load import LoadError
 
+_Patch = Linear4bitPatch | HqqLinearPatch | GptqLinearPatch
+
 
 @dataclass(frozen=True)
 class _Kind:
-    """Modules that are replaced: root package and class, the parameter that holds codes, and by what."""
+    """Modules that are replaced: root packages and classes, the parameter that they may share, and by what."""
 
-    package: str
-    name: str
-    weight: str
+    classes: tuple[tuple[str, str], ...]
+    weight: str | None
     reason_not_to: Callable[[Any], str | None]
     pack: Callable[[Any, str], Any]
-    patch: type[Linear4bitPatch] | type[HqqLinearPatch]
+    patch: type[_Patch]
 
 
 _KINDS = (
     _Kind(
-        "bitsandbytes", "Linear4bit", "weight",
+        (("bitsandbytes", "Linear4bit"),), "weight",
         _linear4bit.reason_not_to, lambda m, name: PackedParameter(m._parameters["weight"], name), Linear4bitPatch,
     ),
-    _Kind("hqq", "HQQLinear", "W_q", _hqq_linear.reason_not_to, PackedHqq, HqqLinearPatch),
+    _Kind((("hqq", "HQQLinear"),), "W_q", _hqq_linear.reason_not_to, PackedHqq, HqqLinearPatch),
+    _Kind(_gptq_linear.CLASSES, None, _gptq_linear.reason_not_to, _gptq_linear.pack, GptqLinearPatch),
 )  # fmt: skip
-_REARRANGED = (
-    "kernels of GPTQ and AWQ rearrange their tensors; `pyquant convert` the checkpoint, and load it with transformers "
-    "after `import pyquant.hf`"
-)
-# Root package and class of quantized layers that are reported, not replaced.
+# Root package and class of quantized layers that are reported, not replaced; the first one that fits.
 _OTHERS = {
     ("bitsandbytes", "Linear8bitLt"): "LLM.int8() quantizes activations; there is no kernel for it",
     ("bitsandbytes", "Embedding4bit"): "an embedding is a look-up, no GEMM",
-    ("gptqmodel", "*QuantLinear"): _REARRANGED,
-    ("auto_gptq", "*QuantLinear"): _REARRANGED,
-    ("awq", "WQLinear*"): _REARRANGED,
+    ("pyquant", "QuantLinear"): "it runs on pyquant's kernels already",
+    ("gptqmodel", "AWQuantLinear"): _gptq_linear.AWQ_REARRANGED,
+    ("gptqmodel", "*QuantLinear"): _gptq_linear.REARRANGED,
+    ("awq", "WQLinear*"): _gptq_linear.AWQ_REARRANGED,
 }
+_CONVERT = "if that is of a quantized checkpoint, `pyquant convert` it and load that after `import pyquant.hf`"
 _PLAIN = "not quantized; pyquant.quantize_model quantizes it"
 
 
@@ -62,11 +63,12 @@ class Acceleration:
 
     replaced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
-    _patches: list[Linear4bitPatch | HqqLinearPatch] = field(default_factory=list)
+    _patches: list[_Patch] = field(default_factory=list)
 
     def free_original(self) -> None:
         """Free the original bytes, which the packed weights hold as well: bitsandbytes' ``weight`` and
-        ``weight.quant_state.absmax``, HQQ's ``W_q``, ``scale`` and ``zero``."""
+        ``weight.quant_state.absmax``, HQQ's ``W_q``, ``scale`` and ``zero``, ``qweight``, ``qzeros`` and ``scales`` of
+        GPTQ and AWQ."""
         for patch in self._patches:
             patch.packed.free()
 
@@ -91,19 +93,20 @@ class Acceleration:
 def accelerate(
     model: nn.Module, *, free_original: bool = False, compute_dtype: torch.dtype | None = None
 ) -> Acceleration:
-    """Run the modules ``Linear4bit`` of bitsandbytes and ``HQQLinear`` of HQQ by pyquant's kernels, in place.
+    """Run quantized layers of bitsandbytes (``Linear4bit``), HQQ, GPTQ and AWQ by pyquant's kernels, in place.
 
-    Modules keep their class, parameters, ``state_dict``, ``weight.quant_state`` and ``meta``; their ``forward`` is
-    replaced.
+    Modules keep their class, parameters, buffers, ``state_dict``, ``weight.quant_state`` and ``meta``; their
+    ``forward`` is replaced.
     Weights are packed once, losslessly; a weight that is changed in place, replaced or moved is packed again at the
     next call. Gradients flow to the inputs and to the bias; no dequantized weight is kept for them.
 
     Args:
-        model: any module that holds ``bitsandbytes.nn.Linear4bit`` or ``hqq.core.quantize.HQQLinear``, also inside
-            PEFT's layers.
+        model: any module that holds ``bitsandbytes.nn.Linear4bit``, ``hqq.core.quantize.HQQLinear``, or layers of
+            gptqmodel, auto_gptq or awq whose kernel runs on the checkpoint's tensors, also inside PEFT's layers.
         free_original: free the original bytes of each weight as soon as it is packed. ``state_dict`` and moves of the
             model restore them for as long as they need them; ``Acceleration.restore_original`` restores them for good.
-        compute_dtype: of the GEMMs, in place of the modules' ``compute_dtype``: fp32, fp16 or bf16.
+        compute_dtype: of the GEMMs, in place of the modules' ``compute_dtype`` (GPTQ and AWQ: the input's): fp32, fp16
+            or bf16.
 
     Returns:
         what was replaced, what was not and why; ``undo()`` takes everything back.
@@ -115,14 +118,16 @@ def accelerate(
     if compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"accelerate: compute_dtype: expected float32, float16 or bfloat16, got {compute_dtype}")
     done = Acceleration()
-    groups: dict[nn.Parameter, tuple[_Kind, dict[str, nn.Module]]] = {}  # the modules that share a weight
+    # The modules that share a weight, by the weight, or by the module where they do not.
+    groups: dict[Any, tuple[_Kind, dict[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        kind = next((k for k in _KINDS if _is_kind(module, k.package, k.name)), None)
+        kind = next((k for k in _KINDS if any(_is_kind(module, *names) for names in k.classes)), None)
         reason = _reason_of_other(module) if kind is None else kind.reason_not_to(module)
         if reason is not None:
             done.kept[name] = reason
         elif kind is not None:
-            groups.setdefault(module._parameters[kind.weight], (kind, {}))[1][name] = module
+            weight = module if kind.weight is None else module._parameters[kind.weight]
+            groups.setdefault(weight, (kind, {}))[1][name] = module
     try:
         for kind, modules in groups.values():
             name, module = next(iter(modules.items()))
@@ -141,7 +146,8 @@ def accelerate(
     if not done.replaced:
         reasons = "".join(f"\n  {name or type(model).__name__}: {reason}" for name, reason in done.kept.items())
         raise ValueError(
-            f"accelerate: found no Linear4bit of bitsandbytes and no HQQLinear that could be replaced{reasons}"
+            "accelerate: found no Linear4bit of bitsandbytes, HQQLinear or layer of GPTQ or AWQ that could be replaced"
+            + reasons
         )
     return done
 
@@ -163,4 +169,14 @@ def _reason_of_other(module: nn.Module) -> str | None:
     for (package, name), reason in _OTHERS.items():
         if _is_kind(module, package, name):
             return reason
-    return _PLAIN if type(module) is nn.Linear else None
+    if type(module) is not nn.Linear:
+        return None
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter:
+        return _PLAIN
+    if weight is None:  # compressed-tensors
+        names = ", ".join(
+            name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
+        )
+        return f"it has no weight but {names or 'nothing'}; {_CONVERT}"
+    return f"its weight is a {type(weight).__name__}; {_CONVERT}"  # torchao

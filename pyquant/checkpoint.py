@@ -356,7 +356,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with the folder
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring renames in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

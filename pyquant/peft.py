@@ -6,11 +6,19 @@ import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import nn
 
+try:
+    from peft import LoraConfig, TaskType
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+    from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+except ImportError as error:
+    raise ImportError(f"pyquant.peft: expected peft 0.21 or newer ({error}): pip install 'pyquant[train]'") from error
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ._replaced_forward import STATE
 from .nn import QuantLinear
 from .quantize import quantize
 
@@ -18,23 +26,54 @@ from .quantize import quantize
 _INITS = (True, False, "gaussian", "eva")
 
 
-def register(config: LoraConfig) -> LoraConfig:
+def register(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
     """Let ``config`` put LoRA on :class:`pyquant.nn.QuantLinear`; other modules stay PEFT's.
 
     PEFT does not store this with an adapter: register the config again that an adapter is loaded with.
 
+    Args:
+        config: its ``target_modules="all-linear"`` becomes the names of all linear layers of ``model`` but the output
+            head. PEFT's own rule knows ``nn.Linear`` and ``Conv1D``, this one also ``QuantLinear``, the experts'
+            included, and layers that :func:`pyquant.accelerate` has replaced.
+        model: that the adapter is for; needed for "all-linear" only.
+
     Returns:
-        ``config``, for ``get_peft_model(model, register(LoraConfig(...)))``.
+        ``config``, for ``get_peft_model(model, register(LoraConfig(...), model))``.
 
     Raises:
-        ValueError: on ``target_modules="all-linear"``, by which PEFT means ``nn.Linear`` only.
+        ValueError: on "all-linear" without a model, or with one that has no linear layer.
     """
-    if config.target_modules == "all-linear":
-        raise ValueError(
-            "register: target_modules: expected names of modules, got 'all-linear', which skips QuantLinear"
-        )
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        if model is None:
+            raise ValueError(
+                f"register: target_modules: {targets!r} needs the model: register(config, model); "
+                "PEFT alone would skip QuantLinear"
+            )
+        config.target_modules = _linear_layers(model, config.task_type)
+        if not config.target_modules:
+            raise ValueError(f"register: model: expected linear layers beside the output head, got {model}")
     config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
+
+
+def _linear_layers(model: Any, task_type: Any) -> list[str]:
+    """Names of linear layers, without heads and what is inside of adapters: PEFT's rule for "all-linear"."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None and task_type == TaskType.SEQ_CLS:
+        head = next((h for name in SEQ_CLS_HEAD_NAMES if (h := getattr(model, name, None)) is not None), None)
+    heads = set() if head is None else set(head.modules())
+    names = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        is_adapter = isinstance(module, BaseTunerLayer)
+        if is_adapter:
+            inside.update(m for m in module.modules() if m is not module)
+        is_linear = isinstance(module, (nn.Linear, Conv1D, QuantLinear)) or STATE in module.__dict__
+        is_linear = is_linear or (is_adapter and "Linear" in type(module).__name__)
+        if is_linear and module not in inside and module not in heads:
+            names.append(name)
+    return names
 
 
 class LoraQuantLinear(LoraLinear):

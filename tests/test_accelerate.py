@@ -340,6 +340,26 @@ def test_reasons() -> None:
         accelerate(model)
 
 
+class Int4Tensor(torch.Tensor):
+    """Stands for a tensor subclass, as torchao's."""
+
+
+def test_reasons_of_layers_in_another_form() -> None:
+    """They are quantized, and to be converted; quantize_model is not for them."""
+    model = nn.ModuleDict({name: nn.Linear(SIZE, 32) for name in ("torchao", "compressed", "ours", "plain")})
+    model["torchao"].weight = nn.Parameter(model["torchao"].weight.data.as_subclass(Int4Tensor))
+    del model["compressed"].weight
+    model["compressed"].register_buffer("weight_packed", torch.zeros(32, 8, dtype=torch.int32))
+    pyquant.quantize_model(model, "nf4", include=["ours"])
+    with pytest.raises(ValueError, match="found no Linear4bit") as caught:
+        accelerate(model)
+    reasons = dict(re.findall(r"^  (\w+): (.*)$", str(caught.value), flags=re.M))
+    assert reasons["torchao"].startswith("its weight is a Int4Tensor; if that is of a quantized checkpoint")
+    assert reasons["compressed"].startswith("it has no weight but bias, weight_packed; if that is of a quantized")
+    assert reasons["ours"] == "it runs on pyquant's kernels already"
+    assert reasons["plain"] == "not quantized; pyquant.quantize_model quantizes it"
+
+
 def test_nothing_to_accelerate() -> None:
     with pytest.raises(ValueError, match=r"found no Linear4bit(?s:.)*\n  0: not quantized; pyquant.quant"):
         accelerate(nn.Sequential(nn.Linear(4, 4)))

@@ -114,7 +114,7 @@ def test_replaces_and_undoes(linear: Any) -> None:
 
 
 def accelerate_again(model: nn.Module) -> str:
-    with pytest.raises(ValueError, match="no HQQLinear that could be replaced") as caught:
+    with pytest.raises(ValueError, match="HQQLinear or layer of GPTQ or AWQ that could be replaced") as caught:
         accelerate(model)
     return str(caught.value).split("0: ")[1].split("\n")[0]
 
@@ -187,6 +187,8 @@ def test_changes_are_seen(linear: Any) -> None:
     torch.testing.assert_close(y, x @ model[0].dequantize().T + model[0].bias, rtol=1e-5, atol=1e-5)
     model[0].meta["scale"] = model[0].meta["scale"] * 2
     torch.testing.assert_close(model[0](x) - model[0].bias, 2 * (y - model[0].bias), rtol=1e-5, atol=1e-5)
+    model[0].meta["scale"] *= 2  # in place
+    torch.testing.assert_close(model[0](x) - model[0].bias, 4 * (y - model[0].bias), rtol=1e-5, atol=1e-5)
 
 
 @each_source

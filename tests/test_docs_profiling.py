@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -38,6 +41,16 @@ def test_two_commands_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made.device == _library.device_name("cpu")
     assert {e.encoding for e in made.entries} == {"codebook4", "int4"}
     assert CliRunner().invoke(main, ["table", "check", "table.json", "profile.csv"]).exit_code == 0
+
+    # What the page says of the result: a variable names it, and it chooses.
+    code = (
+        "import torch, pyquant; w = pyquant.quantize(torch.randn(128, 128), 'nf4').pack(); "
+        "print(pyquant.explain(torch.randn(1, 128).bfloat16(), w).by_table)"
+    )
+    (setting,) = re.findall(r"`PYQUANT_TABLE=(\S+)`", TEXT)
+    environment = os.environ | {"PYQUANT_TABLE": str(tmp_path / setting)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
 
 
 def test_the_example_is_a_table(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,6 +36,13 @@ def test_every_hint_names_an_extra_and_survives_a_shell() -> None:
     for file, command, extras in found:
         assert set(extras.split(",")) <= EXTRAS.keys(), (file, command)
         assert f"pip install 'pyquant[{extras}]'" in command, f"{file}: {command}: brackets are globs in zsh"
+
+
+def test_what_is_missing_is_said_with_its_extra() -> None:
+    code = "import sys; sys.modules['peft'] = None; import pyquant.peft"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: pyquant.peft: expected peft 0.21 or newer" in done.stderr
+    assert done.stderr.strip().endswith("pip install 'pyquant[train]'")
 
 
 def test_profile_has_what_commands_ask_for() -> None:

@@ -334,3 +334,24 @@ def test_recognise() -> None:
 def test_checkpoints_that_are_not_recognised(names: list[str], config: dict | None, message: str) -> None:
     with pytest.raises(load.LoadError, match=rf"^load\.recognise: {message}|^load\.recognise: .*{message}"):
         load.recognise(names, config)
+
+
+@pytest.mark.parametrize(
+    ("producer", "name", "loader"),
+    [
+        ("bitsandbytes", "weight", load.bitsandbytes),
+        ("bitsandbytes", "bias", load.bitsandbytes),
+        ("gptq", "scales", load.gptq),
+        ("gptq", "g_idx", load.gptq),
+        ("awq", "qzeros", load.awq),
+        ("hqq", "zero", load.hqq),
+    ],
+)
+def test_a_tensor_on_another_device(producer: str, name: str, loader: Callable[..., LoadedLayer]) -> None:
+    """The meta device stands for it: this machine may have no other."""
+    case = next(c for c in golden(producer) if f"{c.name}.{name}" in c.tensors)
+    tensors = dict(case.tensors)
+    tensors[f"{case.name}.{name}"] = tensors[f"{case.name}.{name}"].to("meta")
+    expected = rf"{case.name}\.{name}: expected a tensor on cpu, where .* got one on meta"
+    with pytest.raises(load.LoadError, match=expected):
+        loader(tensors, case.name)

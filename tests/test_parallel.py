@@ -15,12 +15,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import parallel as torch_parallel
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import parallelize_module
 
 from pyquant import quantize_model
 from pyquant.nn import QuantLinear
-from pyquant.parallel import ColwiseParallel, RowwiseParallel
+from pyquant.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 FORMATS = {"nf4": {"nested": True}, "uint4": {"group_size": 32}, "kbit3": {}, "int8": {}}
 
@@ -101,7 +101,7 @@ def check_act_order(mesh: DeviceMesh) -> None:
     layer.to(mesh.device_type)
     x = torch.randn(3, 128, device=mesh.device_type)
     expected = layer(x)
-    with pytest.raises(ValueError, match=r"RowwiseParallel: QuantLinear\(.*act-order with split K"):
+    with pytest.raises(ValueError, match=r"parallelize_module: QuantLinear: QuantLinear\(.*act-order with split K"):
         parallelize_module(layer, mesh, RowwiseParallel())
     assert torch.equal(layer(x), expected)
     parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate()))
@@ -120,15 +120,44 @@ def check_errors(mesh: DeviceMesh) -> None:
         module = layer(*shape)
         x = torch.randn(2, shape[1], device=mesh.device_type)
         before = module(x)
-        with pytest.raises(ValueError, match=message):
-            parallelize_module(module, mesh, style)
-        assert torch.equal(module(x), before)
+        for function in (parallelize_module, torch_parallel.parallelize_module):
+            with pytest.raises(ValueError, match=message):
+                function(module, mesh, style)
+            assert torch.equal(module(x), before)
     for style in (ColwiseParallel(), RowwiseParallel()):
-        with pytest.raises(ValueError, match=r"parallelize_module: Linear4bit\(.*got packed bytes of bitsandbytes"):
+        with pytest.raises(
+            ValueError, match=r"parallelize_module: Linear4bit: Linear4bit\(.*got packed bytes of bitsandbytes"
+        ):
             parallelize_module(Linear4bit(64, 64).to(mesh.device_type), mesh, style)
     twice = parallelize_module(layer(64, 128), mesh, ColwiseParallel())
     with pytest.raises(ValueError, match="is parallel already"):
         parallelize_module(twice, mesh, ColwiseParallel())
+
+
+def check_errors_name_the_path(mesh: DeviceMesh) -> None:
+    """All layers are checked before the first is split; torch's function stops in between."""
+
+    def make() -> nn.Module:
+        blocks = nn.ModuleDict({"layers": nn.ModuleList([MLP(), MLP(), MLP()])})
+        blocks["layers"][1].down = nn.Linear(256, 31)
+        return quantize_model(blocks, "nf4").to(mesh.device_type)
+
+    plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": ColwiseParallel(), "norm": ColwiseParallel()}
+    model = make()
+    with pytest.raises(ValueError, match=r"^parallelize_module: layers\.1\.down: QuantLinear\(.*N=31 does not divide"):
+        parallelize_module(model, mesh, plan)
+    assert not any(m.is_parallel for m in model.modules() if isinstance(m, QuantLinear))
+    with pytest.raises(ValueError, match=r"^parallelize_module: QuantLinear\(.*N=31"):
+        torch_parallel.parallelize_module(model, mesh, plan)
+    assert model["layers"][0].up.is_parallel
+    model = make()
+    with pytest.raises(ValueError, match=r"^parallelize_module: layers\.0\.up: .*the plan names it twice"):
+        parallelize_module(model, mesh, {"layers.*.up": ColwiseParallel(), "layers.0.up": ColwiseParallel()})
+    del plan["layers.*.down"]
+    with pytest.warns(UserWarning, match="'norm' could not be resolved") as caught:
+        parallelize_module(model, mesh, plan)
+    assert len(caught) == 1
+    assert [block.up.is_parallel for block in model["layers"]] == [True] * 3
 
 
 def check_state_dict(mesh: DeviceMesh) -> None:
@@ -182,6 +211,7 @@ CHECKS = [
     check_plain_linear,
     check_act_order,
     check_errors,
+    check_errors_name_the_path,
     check_state_dict,
     check_source_rank,
     check_compiled,

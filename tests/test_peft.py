@@ -12,6 +12,7 @@ from conftest import VARIANTS, random_weight
 from lora_cases import dense_twin, trainable_gradients
 from torch import nn
 
+import pyquant
 from pyquant import quantize_model
 from pyquant.nn import QuantLinear
 
@@ -113,13 +114,134 @@ def test_a_merge_that_is_not_finite_changes_nothing() -> None:
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights: expected one of True, .*got 'pissa'"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out: expected False"),
-        ({"target_modules": "all-linear"}, r"register: target_modules: expected names of modules, got 'all-linear'"),
+        ({"target_modules": "all-linear"}, r"register: target_modules: 'all-linear' needs the model"),
     ],
     ids=["dora", "pissa", "fan_in_fan_out", "all-linear"],
 )
 def test_what_needs_the_dense_weight_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         peft.get_peft_model(make_base(), config(**arguments))
+
+
+PROJECTIONS = {
+    f"{block}.{p}_proj" for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))) for p in names
+}
+
+
+def all_linear(model: nn.Module, **arguments: Any) -> Any:
+    return lora.register(peft.LoraConfig(r=4, target_modules="all-linear", **arguments), model)
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    settings = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=97,
+                                        num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    return transformers.LlamaForCausalLM(settings)
+
+
+def adapted(model: nn.Module) -> set[str]:
+    """Names of the layers that have LoRA."""
+    prefix = "base_model.model."
+    return {n.removeprefix(prefix) for n, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+LLAMA_LAYERS = {f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS}
+
+
+@pytest.mark.parametrize("exclude", [["lm_head"], []], ids=["head dense", "head quantized"])
+def test_all_linear_finds_quantized_layers_and_no_head(exclude: list[str], tmp_path: Path) -> None:
+    model = quantize_model(tiny_llama(), "nf4", exclude=[*exclude, "*.1.mlp.up_proj"])
+    base = copy.deepcopy(model)
+    found = peft.get_peft_model(model, all_linear(model, task_type="CAUSAL_LM"))
+    assert adapted(found) == LLAMA_LAYERS
+    kinds = {n: type(m) for n, m in found.base_model.model.named_modules() if n in LLAMA_LAYERS}
+    assert kinds.pop("model.layers.1.mlp.up_proj") is not lora.LoraQuantLinear
+    assert set(kinds.values()) == {lora.LoraQuantLinear}
+
+    found.save_pretrained(tmp_path)  # with the names, so that loading needs no model
+    loaded = lora.register(peft.LoraConfig.from_pretrained(tmp_path))
+    assert adapted(peft.PeftModel.from_pretrained(base, tmp_path, config=loaded)) == LLAMA_LAYERS
+
+
+def test_all_linear_on_a_model_that_has_adapters() -> None:
+    """The layers themselves, nothing inside of them."""
+    model = make_base()
+    first = peft.get_peft_model(model, all_linear(model))
+    config = all_linear(first.base_model.model)
+    assert config.target_modules == ["0", "2"]
+    first.add_adapter("second", config)
+    assert adapted(first) == {"0", "2"}
+
+
+def test_all_linear_of_a_classifier() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    settings = transformers.BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+                                       vocab_size=90)  # fmt: skip
+    model = quantize_model(transformers.BertForSequenceClassification(settings), "nf4", exclude=["classifier"])
+    assert "classifier" in all_linear(model).target_modules
+    assert not [n for n in all_linear(model, task_type="SEQ_CLS").target_modules if "classifier" in n]
+    assert len(all_linear(model, task_type="SEQ_CLS").target_modules) == 7
+
+
+def test_all_linear_without_linear_layers() -> None:
+    with pytest.raises(ValueError, match="register: model: expected linear layers beside the output head"):
+        all_linear(nn.Embedding(4, 4))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_all_linear_on_a_model_quantized_by_transformers(tmp_path: Path, name: str) -> None:
+    """Also the experts' layers; a step trains, and the base stays frozen."""
+    pytest.importorskip("transformers", minversion="5.23")
+    from hf_cases import model_class, save_dense
+
+    from pyquant.hf import PyquantConfig
+
+    save_dense(tmp_path, name)
+    model = model_class(name).from_pretrained(tmp_path, quantization_config=PyquantConfig("nf4"))
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    found = peft.get_peft_model(model, all_linear(model, task_type="CAUSAL_LM"))
+    assert adapted(found) == quantized
+    assert any("experts.gate_up_proj.0" in n for n in quantized) is (name == "mixtral")
+    tokens = torch.arange(12).view(2, 6) * 7 % 90
+    optimizer = torch.optim.AdamW([p for p in found.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = found(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_all_linear_on_an_accelerated_model(freed: bool) -> None:
+    """bitsandbytes' layers are nn.Linear, and PEFT's own rule finds them; register finds the same and no head."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny_llama()
+    for name in LLAMA_LAYERS:
+        old = model.get_submodule(name)
+        layer = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4").to("cpu")
+        layer.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True
+    done = pyquant.accelerate(model, free_original=freed)
+    assert set(done.replaced) == LLAMA_LAYERS
+    assert set(all_linear(model).target_modules) == LLAMA_LAYERS
+    found = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert adapted(found) == LLAMA_LAYERS
+    found(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    assert len(trainable_gradients(found)) == 28
+
+
+def test_all_linear_finds_accelerated_layers_that_are_no_linear() -> None:
+    """HQQ's and GPTQ's, which PEFT's own rule does not find."""
+    from gptq_cases import TorchLinear, gptq_layer
+
+    model = nn.Sequential(gptq_layer(TorchLinear, 64, 64), nn.ReLU(), nn.Linear(64, 8))
+    assert all_linear(model).target_modules == ["2"]
+    pyquant.accelerate(model)
+    assert all_linear(model).target_modules == ["0", "2"]
 
 
 def test_a_layer_that_is_split_over_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +253,7 @@ def test_a_layer_that_is_split_over_ranks_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_llama() -> None:
     """All projections of a tiny random Llama, as a trainer calls it, and one compiled step of it."""
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    settings = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-    )
-    model = transformers.LlamaForCausalLM(settings)
+    model = tiny_llama()
     quantize_model(model, "nf4", nested=True, exclude=["lm_head"])
     model = peft.get_peft_model(model, config(target_modules=r".*_proj", task_type="CAUSAL_LM"))
     wrapped = [m for m in model.modules() if isinstance(m, lora.LoraQuantLinear)]

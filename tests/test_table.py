@@ -253,7 +253,22 @@ def test_diff(tmp_path: Path) -> None:
     result = run("diff", a, b)
     assert result.exit_code == 1
     assert "9..16" in result.output
+    assert "note" not in result.output
     assert json.loads(run("diff", a, b, "--json").output)[0]["m"] == "9..16"
+
+
+def test_diff_of_two_devices_says_so(tmp_path: Path) -> None:
+    """Beside the output, which stays JSON, and also where the choices are the same."""
+    note = f"a.json is for {DEVICE}, {tmp_path / 'b.json'} for Other GPU"
+    a, b = written(tmp_path, "a.json", entry(64, 64)), written(tmp_path, "b.json", entry(64, 64), device="Other GPU")
+    same = run("diff", a, b)
+    assert same.exit_code == 0
+    assert note in same.stderr
+    b = written(tmp_path, "b.json", entry(64, 64, bucket(1, None, TILE)), device="Other GPU")
+    other = run("diff", a, b, "--json")
+    assert other.exit_code == 1
+    assert note in other.stderr
+    assert json.loads(other.stdout)[0]["new"] == TILE
 
 
 def test_check_finds_wrong_names_and_slow_choices(tmp_path: Path) -> None:

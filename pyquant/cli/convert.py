@@ -20,7 +20,8 @@ from ..load import LoadedLayer, LoadError, Plan, Settings, recognise
 from ..weight import QuantizedWeight
 from . import output
 from .model_files import CONFIG_FILE, INDEX_FILE, Model, read_config, write_config, written_modules
-from .quantize import check_target, copy_other_files, move_folder
+from .output_folder import check_other_weights, check_target, replace_folder
+from .quantize import copy_other_files
 
 STATE_FILE = ".convert.json"
 # Layers that are read at a time: one's reading hides behind another's computing. More would cost memory.
@@ -49,7 +50,8 @@ def convert(source: Path, target: Path, overwrite: bool, restart: bool, dry_run:
 
     OUT is complete or not written at all. Finished shards of an interrupted run are kept beside OUT (in .OUT.partial),
     and the next run with the same IN goes on from there. Act-order (GPTQ desc_act) becomes a tensor
-    <layer>.permutation.
+    <layer>.permutation. With --overwrite the folder is replaced as a whole; files in it that are none of the output's
+    stay, weights excepted, which are an error.
 
     --json prints: input, output, producer, dry_run, layers (name, shape, format, bits, group_size, scale_type,
     zero_type), copied (number of tensors), bytes and converted_bytes (of the safetensors files), resumed
@@ -129,6 +131,8 @@ def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path,
         _write_shard(job, job.model.shards[0], target)
         job.modules.update(written_modules(target)[0])
         return 0, target.stat().st_size
+    target = target.resolve()
+    check_other_weights(target, job.model.files)
     staging = target.with_name(f".{target.name}.partial")
     try:
         _open_staging(staging, _fingerprint(job.model, job.settings), restart)
@@ -146,13 +150,23 @@ def _write(job: _Job, config: dict[str, Any] | None, source: Path, target: Path,
             weight_map.update(dict.fromkeys(names, written.name))
             tensor_bytes += nbytes
         _finish(job, staging, weight_map, tensor_bytes, config)
-        (staging / STATE_FILE).unlink()
-        move_folder(staging, target)
+        _move(staging, target)
     except ValueError:  # bad data: what was written is of no use
         shutil.rmtree(staging, ignore_errors=True)
         raise
     shutil.rmtree(staging, ignore_errors=True)
     return resumed, sum((target / shard.path.name).stat().st_size for shard in job.model.shards)
+
+
+def _move(staging: Path, target: Path) -> None:
+    state = staging / STATE_FILE
+    kept = state.read_bytes()
+    state.unlink()
+    try:
+        replace_folder(staging, target)
+    except OSError:  # all shards are done: another run has only this to do
+        state.write_bytes(kept)
+        raise
 
 
 def _fingerprint(model: Model, settings: Settings) -> dict[str, Any]:

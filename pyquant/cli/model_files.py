@@ -72,6 +72,11 @@ class Model:
         """The tensor (no quantized weight), not yet read."""
         return self._reader[name].stored(name)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that a folder's weights are in, the index included."""
+        return [shard.path.name for shard in self.shards] + [INDEX_FILE] * self.sharded
+
     def files_of(self, names: Iterable[str]) -> list[str]:
         """Names of the files that these tensors are in, sorted."""
         return sorted({self._reader[name].path.name for name in names})

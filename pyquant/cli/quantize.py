@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..quantize import quantize as quantize_weight
 from ..weight import QuantizedWeight
 from . import output
 from .model_files import INDEX_FILE, Model, read_config, write_config, written_modules
+from .output_folder import check_other_weights, check_target, replace_folder
 from .selection import DEFAULT_EXCLUDES, Selection
 
 # Formats without a codebook of their own need values that the command line does not carry.
@@ -154,21 +154,6 @@ def _check_settings(arguments: dict[str, Any], device: str) -> None:
         raise click.UsageError(str(error).splitlines()[0].removeprefix("quantize: ")) from error
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """A usage error unless OUT can be written."""
-    if target.exists() and target.resolve() == source.resolve():
-        raise click.UsageError("OUT: is the same as IN")
-    if target.exists() and target.is_dir() != source.is_dir():
-        kind = "folder" if source.is_dir() else "file"
-        raise click.UsageError(f"OUT: {target}: expected a {kind}, as IN is one")
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise click.UsageError(f"OUT: {target}: exists; use --overwrite to replace it")
-    if source.is_dir() and source.resolve() in target.resolve().parents:
-        raise click.UsageError("OUT: lies inside IN")
-    if not target.absolute().parent.is_dir():
-        raise click.UsageError(f"OUT: {target.parent}: no such folder")
-
-
 def _quantize_layer(arguments: dict[str, Any], device: str, name: str, weight: torch.Tensor) -> QuantizedWeight:
     try:
         quantized: QuantizedWeight = quantize_weight(weight.to(device), **arguments).to("cpu")
@@ -188,6 +173,8 @@ def _write(
     if not model.path.is_dir():
         _write_shard(model.shards[0], target, layers, quantize_layer)
         return target.stat().st_size
+    target = target.resolve()
+    check_other_weights(target, model.files)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         copy_other_files(model.path, staging)
@@ -207,7 +194,7 @@ def _write(
                 file.write(json.dumps(index, indent=2).encode())
         if config is not None:
             write_config(staging, config, modules)
-        move_folder(staging, target)
+        replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sum((target / shard.path.name).stat().st_size for shard in model.shards)
@@ -228,21 +215,6 @@ def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantiz
         layers[name].bits_per_weight = weight.bits_per_weight
         tensors[name] = weight
     save(target, tensors, {key: value for key, value in shard.metadata.items() if key != "pyquant"})
-
-
-def move_folder(staging: Path, target: Path) -> None:
-    """Put a finished folder in its place; the index goes last, since it is what makes shards a model."""
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(staging, target)
-        return
-    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.name == INDEX_FILE, f))
-    stale = {f.name for f in target.glob("*.safetensors*")} - {f.name for f in files}
-    if stale:
-        raise ValueError(f"{target}: holds weights that are not part of the output: {', '.join(sorted(stale))}")
-    for file in files:
-        place = target / file.relative_to(staging)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
 
 
 def _print_summary(report: dict[str, Any], layers: list[_Layer]) -> None:

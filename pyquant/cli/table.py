@@ -156,11 +156,21 @@ def _this_device() -> str:
 @click.argument("new", type=_FILE)
 @_JSON
 def diff(old: Path, new: Path, as_json: bool) -> None:
-    """Print where two tables choose differently. Exit code 1 if they do."""
+    """Print where two tables choose differently. Exit code 1 if they do.
+
+    Tables of two devices are compared too; a note on stderr names the devices.
+    """
     from ..tables import read_table
     from ..tables.diff import changes
 
-    found = list(changes(read_table(old), read_table(new)))
+    of_old, of_new = read_table(old), read_table(new)
+    if of_old.device != of_new.device:
+        click.echo(
+            f"note: of different devices, which may well choose differently: {old} is for {of_old.device}, "
+            f"{new} for {of_new.device}",
+            err=True,
+        )
+    found = list(changes(of_old, of_new))
     if as_json:
         key = ("encoding", "dtype", "group_size", "n", "k")
         print_json([

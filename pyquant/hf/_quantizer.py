@@ -173,7 +173,7 @@ class PyquantHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The loop over experts depends on the data and breaks the graph; nothing else does."""
+        """Whether ``generate`` may compile by itself, which it does for CUDA graphs: the loop over experts waits."""
         return all(target.experts is None for target in self.targets.values())
 
 

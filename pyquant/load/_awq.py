@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ..codes import pack_codes
-from ._integers import integer_weight
+from ..weight import QuantizedWeight
+from ._integers import integer_weight, unsigned_codes
 from ._layer import FLOATS, LoadedLayer, Parts
 
 # Nibble j of a word is column _ORDER[j] of its eight.
@@ -49,6 +50,25 @@ def awq(
         zeros = _columns(parts.get("qzeros", torch.int32, (groups, n // 8))).t()
     stream = pack_codes(_columns(qweight).t(), 4)
     return LoadedLayer(integer_weight(parts, stream, 4, k, size, scales.t(), zeros), parts.bias(n))
+
+
+def awq_tensors(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """``qweight``, ``qzeros`` and ``scales`` that :func:`awq` made the weight of."""
+    zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros
+    return {
+        "qweight": _words(unsigned_codes(weight, 4).t()),
+        "qzeros": _words(zeros.t().to(torch.uint8)),
+        "scales": weight.scales.t().contiguous(),
+    }
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`_columns`: uint8 codes [R, N] -> int32 [R, N / 8]."""
+    ordered = codes.reshape(codes.shape[0], -1, 8)[:, :, _ORDER].to(torch.int32)
+    words = ordered[:, :, 0].clone(memory_format=torch.contiguous_format)
+    for j in range(1, 8):
+        words |= ordered[:, :, j] << (4 * j)
+    return words
 
 
 def _columns(words: torch.Tensor) -> torch.Tensor:

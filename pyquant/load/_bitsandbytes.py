@@ -63,7 +63,7 @@ def bitsandbytes(tensors: Mapping[str, torch.Tensor], prefix: str) -> LoadedLaye
 
 
 def _quant_state(parts: Parts, key: str) -> dict[str, Any]:
-    blob = parts.get(key, torch.uint8, (None,))
+    blob = parts.get(key, torch.uint8, (None,), any_device=True)
     try:
         state = json.loads(bytes(blob.tolist()))
     except (ValueError, RecursionError) as error:

@@ -39,7 +39,7 @@ def compressed_tensors(
         return (nvfp4 if "weight_global_scale" in parts else mxfp4)(tensors, prefix)
     if "weight_g_idx" in parts:
         parts.refuse("weight_g_idx", "expected no act-order (actorder=group): compressed-tensors itself removed it")
-    n, k = parts.get("weight_shape", (torch.int64, torch.int32), (2,)).tolist()
+    n, k = parts.get("weight_shape", (torch.int64, torch.int32), (2,), any_device=True).tolist()
     if n < 1 or k < 1:
         parts.refuse("weight_shape", f"expected [N, K], got {[n, k]}")
     if num_bits is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..codes import pack_codes, unpack_codes
-from ._integers import integer_weight, words_to_stream
+from ._integers import integer_weight, stream_to_words, unsigned_codes, words_to_stream
 from ._layer import FLOATS, LoadedLayer, Parts
 
 # What is added to a stored zero point.
@@ -66,6 +66,22 @@ def gptq(
         stream = pack_codes(unpack_codes(stream, k, bits)[:, permutation], bits)
     weight = integer_weight(parts, stream, bits, k, group_size, scales.t(), zeros.to(torch.uint8).t())
     return LoadedLayer(weight, parts.bias(n), permutation)
+
+
+def gptq_tensors(layer: LoadedLayer, bits: int, checkpoint_format: str) -> dict[str, torch.Tensor]:
+    """``qweight``, ``qzeros`` and ``scales`` that :func:`gptq` made the layer of."""
+    weight = layer.weight
+    codes = unsigned_codes(weight, bits)
+    if layer.permutation is not None:
+        sorted_codes, codes = codes, torch.empty_like(codes)
+        codes[:, layer.permutation] = sorted_codes
+    zeros = torch.full_like(weight.scales, 1 << (bits - 1)) if weight.zeros is None else weight.zeros
+    stored_zeros = zeros.t().to(torch.uint8) - _ZERO_OFFSETS[checkpoint_format]
+    return {
+        "qweight": stream_to_words(pack_codes(codes, bits)).t().contiguous(),
+        "qzeros": stream_to_words(pack_codes(stored_zeros.contiguous(), bits)),
+        "scales": weight.scales.t().contiguous(),
+    }
 
 
 def _group_size(parts: Parts, group_size: int | None, k: int, groups: int, g_idx: torch.Tensor | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..codes import pack_codes, row_bytes, unpack_codes
-from ..formats import FORMATS, ScaleType, ZeroType
+from ..formats import FORMATS, Encoding, ScaleType, ZeroType
 from ..scales import FLOAT_DTYPES
 from ..weight import QuantizedWeight
 from ._layer import Parts
@@ -30,6 +30,19 @@ def words_to_stream(words: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     if used:
         stream[:, -1] &= (1 << used) - 1
     return stream
+
+
+def stream_to_words(stream: torch.Tensor) -> torch.Tensor:
+    """The inverse for rows of whole words: uint8 [R, 4 * W] -> int32 [R, W]."""
+    return stream.contiguous().view(torch.int32)
+
+
+def unsigned_codes(weight: QuantizedWeight, bits: int) -> torch.Tensor:
+    """The codes of ``bits`` bits that :func:`integer_weight` made the weight of: uint8 [N, K]."""
+    codes = unpack_codes(weight.codes, weight.k, weight.format.bits)
+    if weight.format.encoding is not Encoding.SIGNED:
+        return codes
+    return (codes + (1 << (bits - 1))) & ((1 << bits) - 1)
 
 
 def integer_weight(

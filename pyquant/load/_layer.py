@@ -47,6 +47,7 @@ class Parts:
         self._function = function
         self._tensors = tensors
         self._prefix = prefix + "." if prefix else ""
+        self._device: tuple[str, torch.device] | None = None  # of the first tensor
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors
@@ -63,9 +64,17 @@ class Parts:
         self.refuse(names[0], f"expected a tensor called {' or '.join(names)}, got none")
 
     def get(
-        self, name: str, dtypes: Sequence[torch.dtype] | torch.dtype, shape: Sequence[int | None] | None = None
+        self,
+        name: str,
+        dtypes: Sequence[torch.dtype] | torch.dtype,
+        shape: Sequence[int | None] | None = None,
+        *,
+        any_device: bool = False,
     ) -> torch.Tensor:
-        """A tensor of one of ``dtypes`` and of ``shape``, where None stands for any length; contiguous."""
+        """A tensor of one of ``dtypes`` and of ``shape``, where None stands for any length; contiguous.
+
+        It must be where the layer's other tensors are, unless it is a setting (``any_device``).
+        """
         if name not in self:
             self.refuse(name, "expected a tensor, got none: the checkpoint is incomplete")
         tensor = self._tensors[self._prefix + name].detach()
@@ -79,6 +88,10 @@ class Parts:
             size = "" if shape is None else " [" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
             got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             self.refuse(name, f"expected {want}{size}, got {got}")
+        if not any_device:
+            first, device = self._device = self._device or (name, tensor.device)
+            if tensor.device != device:
+                self.refuse(name, f"expected a tensor on {device}, where {first} is, got one on {tensor.device}")
         return tensor.contiguous()
 
     def finite(
