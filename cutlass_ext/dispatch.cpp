@@ -48,6 +48,9 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
 // Up to so many tokens wgmma is taken to be faster than dequantizing for the dense GEMM.
 int64_t cuda_wgmma_tokens(const GemmProblem& problem) { return problem.weight.is_codebook ? 1024 : 2048; }
 
+// Transposed: up to so many tokens the fused kernel is taken to be faster than dequantizing for the dense GEMM.
+constexpr int64_t kCudaTransposedTokens = 64;
+
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
 int first_available(Device device, Family family, Suits suits) {
@@ -59,9 +62,7 @@ int first_available(Device device, Family family, Suits suits) {
 }
 
 int first_gemm(const GemmProblem& problem, Family family) {
-  return first_available(problem.device, family, [&](const Instance& instance) {
-    return instance.supports == nullptr || instance.supports(problem);
-  });
+  return first_available(problem.device, family, [&](const Instance& instance) { return covers(instance, problem); });
 }
 
 // What the device's table says, or -1 if there is none or it names what does not run this problem here.
@@ -79,7 +80,7 @@ int select_by_table(const GemmProblem& problem, bool dense_fallback) {
   const Instance& instance = *kManifest[index];
   if (instance.device != problem.device || !instance.available()) return -1;
   if (instance.gemm == nullptr) return dense_fallback ? index : -1;
-  return instance.supports == nullptr || instance.supports(problem) ? index : -1;
+  return covers(instance, problem) ? index : -1;
 }
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
@@ -96,13 +97,27 @@ int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   return stream >= 0 ? stream : first_gemm(problem, Family::kSimt);
 }
 
+int select_transposed(const GemmProblem& problem, bool dense_fallback) {
+  if (problem.m <= kCudaTransposedTokens || !dense_fallback) {
+    const int fused = first_gemm(problem, Family::kTransposed);
+    if (fused >= 0) return fused;
+  }
+  return dense_fallback ? select_dequantize(problem.device) : -1;
+}
+
 }  // namespace
+
+bool covers(const Instance& instance, const GemmProblem& problem) {
+  return (instance.family == Family::kTransposed) == problem.transposed &&
+         (instance.supports == nullptr || instance.supports(problem));
+}
 
 int instance_count() { return kCount; }
 
 const Instance& instance_at(int index) { return *kManifest[index]; }
 
 int select_gemm(const GemmProblem& problem, bool dense_fallback) {
+  if (problem.transposed) return select_transposed(problem, dense_fallback);  // tables are about the others
   if (const int chosen = select_by_table(problem, dense_fallback); chosen >= 0) return chosen;
   if (problem.device == Device::kCuda) return select_cuda(problem, dense_fallback);
   return first_gemm(problem, problem.m <= kCpuStreamTokens ? Family::kStream : Family::kTile);

@@ -59,8 +59,9 @@ class Case:
 
 def instances_of(device: str, globs: Sequence[str]) -> list[tuple[int, str, bool]]:
     """Index, name and is_gemm of the instances that ``device`` can run and one of ``globs`` matches, with or without
-    the device in front of the name; no globs: all. Of those that dequantize the first only: a call takes no other."""
-    rows = enumerate(_library.instances())
+    the device in front of the name; no globs: all. Of those that dequantize the first only: a call takes no other.
+    None of those for transposed products, which tables say nothing about."""
+    rows = [(i, r) for i, r in enumerate(_library.instances()) if not r["is_transposed"]]
     usable = [(i, str(r["name"]), bool(r["is_gemm"])) for i, r in rows if r["device"] == device and r["available"]]
     dense = next((row for row in usable if not row[2]), None)
     usable = [row for row in usable if row[2] or row == dense]
