@@ -48,8 +48,13 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
 // Up to so many tokens wgmma is taken to be faster than dequantizing for the dense GEMM.
 int64_t cuda_wgmma_tokens(const GemmProblem& problem) { return problem.weight.is_codebook ? 1024 : 2048; }
 
-// Transposed: up to so many tokens the fused kernel is taken to be faster than dequantizing for the dense GEMM.
-constexpr int64_t kCudaTransposedTokens = 64;
+// Transposed: up to so many tokens the fused kernel is taken to be faster than dequantizing for the dense GEMM, which
+// takes the larger part of its time to dequantize.
+int64_t cuda_transposed_tokens(const Weight& w) {
+  const int64_t values = w.n * w.k;
+  if (values < int64_t{1} << 23) return 32;
+  return !w.is_codebook && values >= int64_t{1} << 26 ? 128 : 64;
+}
 
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
@@ -98,7 +103,7 @@ int select_cuda(const GemmProblem& problem, bool dense_fallback) {
 }
 
 int select_transposed(const GemmProblem& problem, bool dense_fallback) {
-  if (problem.m <= kCudaTransposedTokens || !dense_fallback) {
+  if (problem.m <= cuda_transposed_tokens(problem.weight) || !dense_fallback) {
     const int fused = first_gemm(problem, Family::kTransposed);
     if (fused >= 0) return fused;
   }

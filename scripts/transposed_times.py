@@ -26,9 +26,8 @@ SHAPES = [(4096, 4096), (1024, 4096), (6144, 4096), (28672, 4096), (4096, 14336)
 FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 128, "scale_type": "bf16"},
     "nf4": {},
-    "nf4 nested": {"nested": True},
 }
-TOKENS = (1, 8, 16, 32, 48, 64, 128, 256)
+TOKENS = (1, 8, 16, 32, 64, 96, 128)
 L2S = 8
 
 
@@ -45,8 +44,7 @@ def measure(
     for n, k in shapes:
         dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         for format in formats:
-            name = format.split()[0]
-            packed = quantize(dense, name, **FORMATS[format]).pack()
+            packed = quantize(dense, format, **FORMATS[format]).pack()
             copies = [
                 packed.map_tensors(torch.clone) for _ in range(cold_copies(packed.nbytes, L2S * device.l2_bytes()))
             ]
@@ -74,7 +72,7 @@ def measure(
 
 def main(path: str) -> None:
     rows = measure(SHAPES, tuple(FORMATS), TOKENS)
-    environment = asdict(read_environment())
+    environment = {**asdict(read_environment()), "command": f"python scripts/transposed_times.py {path}"}
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *environment])
         writer.writeheader()

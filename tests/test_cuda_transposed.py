@@ -24,7 +24,7 @@ from conftest import (
 )
 from test_cuda_gemm import EVERY, POISON, REPLAYS, Guarded, c_arguments, capture, on_gpu, poison, random_x
 
-from pyquant import PackedWeight, _library, explain, linear
+from pyquant import PackedWeight, _library, explain, linear, quantize
 from pyquant.formats import ScaleType, ZeroType
 
 FUSED = {row["name"]: i for i, row in enumerate(_library.instances()) if row["is_transposed"]}
@@ -99,7 +99,14 @@ def check(
 @pytest.mark.parametrize("m", TOKENS)
 def test_tails(m: int, dtype: torch.dtype) -> None:
     for i, (name, n, k) in enumerate(
-        [("int4", 320, 448), ("nf4", 129, 1024), ("uint4", 70, 130), ("nf4", 8, 64), ("int4", 1030, 65), ("int4", 1, 1)]
+        [
+            ("int4", 320, 448),
+            ("nf4", 129, 1024),
+            ("uint4", 70, 130),
+            ("nf4", 40, 64),
+            ("int4", 1030, 65),
+            ("int4", 1, 1),
+        ]
     ):
         packed, w_exact = on_gpu(make_weight(variant(name), n, k))
         bias = torch.randn(k).to(dtype).cuda() if (m + i) % 2 else None
@@ -301,14 +308,14 @@ def test_programmatic_launch_waits_before_it_writes_y(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(
     ("name", "k", "fused_tokens"),
-    [("nf4", 128, 64), ("int4", 192, 64), ("nf4", 132, 0), ("kbit3", 128, 0), ("int8", 70, 0)],
+    [("nf4", 128, 32), ("int4", 192, 32), ("nf4", 132, 0), ("kbit3", 128, 0), ("int8", 70, 0)],
 )
 def test_dispatch(name: str, k: int, fused_tokens: int, dtype: torch.dtype) -> None:
     """Fused up to so many tokens; else torch's own GEMM on the weight in x's dtype, and explain says so."""
     v = next(v for v in VARIANTS if v.format.name == name)
     packed, w_exact = on_gpu(make_weight(v, 90, k))
     bias = torch.randn(k).to(dtype).cuda()
-    for m in (1, 64, 65, 300):
+    for m in (1, 32, 33, 300):
         x = random_x(m, 90, dtype)
         explanation = explain(x, packed, transposed=True)
         expect_fused = m <= fused_tokens and dtype is not torch.float32
@@ -318,6 +325,14 @@ def test_dispatch(name: str, k: int, fused_tokens: int, dtype: torch.dtype) -> N
         poison((m, k), dtype)
         y = linear(x, packed, bias, transposed=True)
         assert_within_budget(y, x, w_exact.T, bias, dense=explanation.dense)
+
+
+@pytest.mark.parametrize(("name", "n", "last"), [("int4", 4096, 64), ("int4", 16384, 128), ("nf4", 16384, 64)])
+def test_dispatch_of_large_weights(name: str, n: int, last: int) -> None:
+    """The larger the weight, the more tokens it takes until dequantizing it pays."""
+    packed = quantize(torch.randn(n, 4096, device="cuda"), name).pack()
+    for m, dense in [(last, False), (last + 1, True)]:
+        assert explain(random_x(m, n, torch.bfloat16), packed, transposed=True).dense == dense
 
 
 @each_dtype

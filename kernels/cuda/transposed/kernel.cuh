@@ -1,9 +1,10 @@
 // The transposed kernel: y[M, K] = x[M, N] W[N, K] (+ bias) for few tokens and 4-bit W, on the packed layout of the
 // other families. The GEMM is y^T = W^T x^T: W^T is the A operand of the MMA, tokens its n.
 //
-// Split    A cluster owns a column, the 64 k of a block. Its CTAs, and the warps of each, split N by slabs of 64 rows.
-//          So every weight is read by one warp, once, and only sums travel: between the warps of a CTA through shared
-//          memory, between the CTAs of a cluster by reads of each other's. Every sum is added in one fixed order.
+// Split    A cluster owns a tile: one, two or four columns, the 64 k of a block. Its CTAs split N by slabs of 64 rows,
+//          and so do the rows of warps of a CTA; a row has a warp for each column. So every weight is read by one warp,
+//          once, and only sums travel: between the warps of a CTA through shared memory, between the CTAs of a cluster
+//          by reads of each other's. Every sum is added in one fixed order.
 // Ring     A warp has a ring of stages of its own and waits for nobody. A stage is a block: codes, scales, zero points,
 //          and the x of its 64 n. Weights are requested first of all, before the grid dependency.
 // Scales   They vary along the contraction, so weights are scaled before the MMA. The warp makes pairs of x's type of
@@ -24,7 +25,7 @@ struct Config {
   using Codes = Codes_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kTokenTiles = kTokens / 8;  // n of an MMA
-  static constexpr int kWarps = kTokens <= 16 ? 16 : 8;
+  static constexpr int kWarps = kTokens <= 32 ? 16 : 8;
 };
 
 template <class C>
@@ -39,10 +40,12 @@ class Kernel {
     window = base & 0xFF000000u;  // a CTA of a cluster sees its own shared memory from rank << 24 on
     lane = threadIdx.x % layout::kLanes;
     warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / layout::kLanes, 0);
-    warps = blockDim.x / layout::kLanes;
-    column = blockIdx.x / p.cluster;
-    rank = blockIdx.x - column * p.cluster;
-    const int part = rank * warps + warp;
+    columns = 1 << p.columns_log;
+    tile = blockIdx.x / p.cluster;
+    rank = blockIdx.x - tile * p.cluster;
+    // Warps behind the weight's last column do that one again; nobody stores it.
+    column = min((tile << p.columns_log) + (warp & (columns - 1)), p.k_blocks - 1);
+    const int part = rank * rows() + (warp >> p.columns_log);
     first_slab = part * p.part_slabs + min(part, p.part_rest);
     slabs = p.part_slabs + (part < p.part_rest ? 1 : 0);
     ring = window + p.ring_at + warp * (kStages * p.stage_bytes);
@@ -87,7 +90,7 @@ class Kernel {
 
   const Params& p;
   uint32_t window, ring;
-  int lane, warp, warps, column, rank;
+  int lane, warp, columns, column, tile, rank;
   int first_slab, slabs;  // of this warp
   // This lane's 16 bytes of each piece of the slab to request next.
   const uint8_t* fill_codes;
@@ -95,6 +98,8 @@ class Kernel {
   const uint8_t* fill_zeros;
   typename NestedResolver::SecondLevel second_level;  // of the slab to multiply next
   float sums[layout::kSteps][C::kTokenTiles][4];
+
+  __device__ __forceinline__ int rows() const { return blockDim.x / layout::kLanes >> p.columns_log; }
 
   // ---- the ring
 
@@ -329,7 +334,7 @@ class Kernel {
   // A warp's sums, [token][k], at the start of its ring.
   __device__ __forceinline__ void store_sums() const {
     const int first_token = 2 * (lane & 3);
-    const uint32_t to = ring + first_token * kSumPitch + (lane >> 2) * 4;
+    const uint32_t to = ring + first_token * kSumPitch + k_of_row<Codes>(lane >> 2) * 4;
 #pragma unroll
     for (int j = 0; j < C::kTokenTiles; ++j)
 #pragma unroll
@@ -339,23 +344,29 @@ class Kernel {
         for (int s = 0; s < layout::kSteps; ++s) {
           const uint32_t at = to + (j * 8 + odd) * kSumPitch + s * (layout::kStepK * 4);
           store_shared_float(at, sums[s][j][odd]);
-          store_shared_float(at + 8 * 4, sums[s][j][2 + odd]);
+          store_shared_float(at + kNextRowK<Codes> * 4, sums[s][j][2 + odd]);
         }
       }
   }
 
-  // Outputs are numbered token by token, two k each.
-  static constexpr int kTokenPairs = layout::kBlockK / 2;
+  // The tile's outputs are numbered token by token, two k each.
+  static constexpr int kColumnPairs = layout::kBlockK / 2;
 
-  __device__ __forceinline__ static uint32_t sum_offset(int pair) {
-    return pair / kTokenPairs * kSumPitch + pair % kTokenPairs * 8;
+  __device__ __forceinline__ int token_of(int pair) const { return pair / kColumnPairs >> p.columns_log; }
+  __device__ __forceinline__ int k_pair_of(int pair) const { return pair & (kColumnPairs * columns - 1); }
+
+  // Where the first row's sums of a pair are.
+  __device__ __forceinline__ uint32_t sums_at(int pair) const {
+    const int k_pair = k_pair_of(pair);
+    return window + p.ring_at + k_pair / kColumnPairs * (kStages * p.stage_bytes) + token_of(pair) * kSumPitch +
+           k_pair % kColumnPairs * 8;
   }
 
-  __device__ __forceinline__ float2 add_warps(uint32_t offset) const {
-    uint32_t at = window + p.ring_at + offset;
+  __device__ __forceinline__ float2 add_rows(int pair) const {
+    uint32_t at = sums_at(pair);
     float2 sum{};
 #pragma unroll 4
-    for (int i = 0; i < warps; ++i, at += kStages * p.stage_bytes) {
+    for (int i = 0; i < rows(); ++i, at += columns * kStages * p.stage_bytes) {
       const float2 v = load_shared_float2(at);
       sum.x += v.x;
       sum.y += v.y;
@@ -364,8 +375,8 @@ class Kernel {
   }
 
   __device__ __forceinline__ void store(int pair, float2 sum) const {
-    const int token = pair / kTokenPairs;
-    const int k = column * layout::kBlockK + pair % kTokenPairs * 2;
+    const int token = token_of(pair);
+    const int k = (tile << p.columns_log) * layout::kBlockK + k_pair_of(pair) * 2;
     const float scale = Codes::kOutputFactor * (p.tensor_scale != nullptr ? __ldg(p.tensor_scale) : 1.0f);
     float v[2] = {sum.x * scale, sum.y * scale};
     T* y = static_cast<T*>(p.y) + token * p.ldy + k;
@@ -383,24 +394,24 @@ class Kernel {
     }
   }
 
+  __device__ __forceinline__ int pairs() const { return p.m * kColumnPairs << p.columns_log; }
+
   __device__ __forceinline__ void finish_in_cta() const {
-    for (int pair = threadIdx.x; pair < p.m * kTokenPairs; pair += blockDim.x) store(pair, add_warps(sum_offset(pair)));
+    for (int pair = threadIdx.x; pair < pairs(); pair += blockDim.x) store(pair, add_rows(pair));
   }
 
-  // The CTA's sums take the place of its first warp's; then each CTA adds every cluster-th block of outputs.
+  // The CTA's sums take the place of its first row's; then each CTA adds every cluster-th block of outputs.
   __device__ __forceinline__ void finish_in_cluster() const {
-    const int pairs = p.m * kTokenPairs;
-    const uint32_t mine = window + p.ring_at;
-    for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
-      const float2 sum = add_warps(sum_offset(pair));
-      store_shared_float2(mine + sum_offset(pair), sum);
+    for (int pair = threadIdx.x; pair < pairs(); pair += blockDim.x) {
+      const float2 sum = add_rows(pair);
+      store_shared_float2(sums_at(pair), sum);
     }
     cluster_sync();
     const int threads = blockDim.x * p.cluster;
-    for (int pair = rank * blockDim.x + threadIdx.x; pair < pairs; pair += threads) {
+    for (int pair = rank * blockDim.x + threadIdx.x; pair < pairs(); pair += threads) {
       float2 sum{};
       for (int source = 0; source < p.cluster; ++source) {
-        const float2 v = load_float2_from_cta(mine + sum_offset(pair), source);
+        const float2 v = load_float2_from_cta(sums_at(pair), source);
         sum.x += v.x;
         sum.y += v.y;
       }

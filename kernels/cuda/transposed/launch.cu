@@ -45,7 +45,7 @@ Params params_of(const GemmProblem& problem, int64_t first_token, int tokens) {
 
 const char* launch(const void* function, const GemmProblem& problem, const Params& params, const Plan& plan) {
   const LaunchShape shape{dim3(static_cast<unsigned>(plan.ctas)),
-                          dim3(static_cast<unsigned>(plan.split.warps * layout::kLanes)),
+                          dim3(static_cast<unsigned>(plan.split.columns * plan.split.rows * layout::kLanes)),
                           plan.shared_bytes,
                           plan.split.cluster,
                           problem.programmatic_launch && device_properties().clusters,

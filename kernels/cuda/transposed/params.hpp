@@ -11,14 +11,18 @@ constexpr int kCodebookSize = 16;
 constexpr uint32_t kSharedBase = 1024;
 constexpr uint32_t kPairTableBytes = 256 * 256;  // 256 pairs of codes, a copy for each of 32 banks, every 256 bytes
 
-// Beside these a kernel reads its launch: blockIdx.x = column * cluster + rank, threadIdx.x = 32 * warp + lane.
+// Beside these a kernel reads its launch: blockIdx.x = tile * cluster + rank, threadIdx.x = 32 * (row * columns +
+// column)
+// + lane.
 struct Params {
   // The copies of codes, scales and zeros. A slab is 64 rows, a column the 64 k of a block.
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zeros;           // nullptr: none
-  int32_t cluster;                // CTAs that own a column, each a part of N
-  int32_t part_slabs, part_rest;  // slabs of a part (a warp of a CTA of a cluster); the first part_rest have one more
+  int32_t cluster;                // CTAs that own a tile, each a part of N
+  int32_t columns_log;            // log2 of the columns of a tile: warps side by side
+  int32_t k_blocks;               // columns of the weight
+  int32_t part_slabs, part_rest;  // slabs of a part (a row of warps of a CTA); the first part_rest have one more
   int64_t slab_code_bytes, slab_scale_bytes, slab_zero_bytes;
   uint32_t group_scale_bytes, group_zero_bytes;  // of the groups in a block
   // A stage of a warp's ring: codes, scales, zeros, resolved scales, x.

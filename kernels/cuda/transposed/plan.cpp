@@ -19,27 +19,24 @@ bool zeros_as_x(const GemmProblem& problem) {
   return type == (problem.dtype == DType::kFp16 ? ScaleType::kFp16 : ScaleType::kBf16);
 }
 
-// What a launch takes beyond a constant, in ns.
-double cost_of(const GemmProblem& problem, const KernelTraits& kernel, const DeviceProperties& device, const Params& p,
-               const Split& split) {
-  constexpr double kMemoryRate = 34;  // bytes per ns and SM, all SMs reading weights
-  constexpr double kCtaRate = 42;     // the same of a CTA on its own
-  constexpr double kXRate = 42;       // x, which comes from L2
-  constexpr double kIssueRate = 7;    // instructions per ns of an SM
-  constexpr double kWarps = 9;        // that it takes to issue at this rate
-  constexpr double kPass = 2500, kCluster = 700;
-  const double columns = static_cast<double>(layout::blocks_along_k(problem.weight.k));
-  const double slabs = static_cast<double>(layout::slabs(problem.weight.n));
+// What a launch takes beyond a constant, in ns. Fitted by eye to 200 launches of five shapes (int4 and nf4, bf16, M =
+// 1, 16, 32, 64; H200, 2026-11-21).
+double cost_of(const KernelTraits& kernel, const DeviceProperties& device, const Params& p, const Plan& plan) {
+  constexpr double kMemoryRate = 34, kXRate = 100;  // bytes per ns and SM; x comes from L2
+  constexpr double kIssueRate = 5.5;                // instructions per ns of an SM
+  constexpr double kWarps = 12;                     // that it takes to issue at this rate
+  constexpr double kPass = 1000, kTokenOfPass = 40, kCluster = 100;
+  const Split& split = plan.split;
+  const int warps = split.columns * split.rows;
   const double passes =
-      static_cast<double>(layout::ceil_div(static_cast<int64_t>(columns), device.active_clusters(split.cluster)));
-  // All warps of a CTA take as long as the one with the most.
-  const double blocks = double(p.part_slabs + (p.part_rest > 0 ? 1 : 0)) * split.warps;
+      static_cast<double>(layout::ceil_div(plan.ctas / split.cluster, device.active_clusters(split.cluster)));
+  // All rows of warps take as long as the one with the most slabs.
+  const double blocks = double(p.part_slabs + (p.part_rest > 0 ? 1 : 0)) * warps;
   const double bytes = layout::block_bytes(4) + p.group_scale_bytes + p.group_zero_bytes;
-  const double instructions = (kernel.table ? 560 : 400) + 16.0 * kernel.tokens / 8;
-  const double block = std::max(bytes / kCtaRate, instructions / (kIssueRate * std::min(1.0, split.warps / kWarps))) +
-                       128.0 * p.m / kXRate;
-  const double memory = columns * slabs * bytes / (kMemoryRate * device.sms);
-  return std::max(memory, passes * blocks * block) + kPass * passes + (split.cluster > 1 ? kCluster : 0);
+  const double instructions = 400 + (kernel.pair_table ? 180 : kernel.table ? 280 : 0) + 60 * (kernel.tokens / 8);
+  const double block =
+      std::max(bytes / kMemoryRate + 128 * p.m / kXRate, instructions / (kIssueRate * std::min(1.0, warps / kWarps)));
+  return passes * (blocks * block + kPass + kTokenOfPass * p.m) + (split.cluster > 1 ? kCluster : 0);
 }
 
 }  // namespace
@@ -49,8 +46,8 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   const Weight& w = problem.weight;
   Params& p = *params;
   const int64_t slabs = layout::slabs(w.n), columns = layout::blocks_along_k(w.k);
-  const int parts = split.cluster * split.warps;
-  if (tokens > kernel.tokens || split.warps > kernel.warps || parts > slabs) return false;
+  const int parts = split.cluster * split.rows, warps = split.columns * split.rows;
+  if (tokens > kernel.tokens || warps > kernel.warps || parts > slabs) return false;
   if (split.cluster > kMaxCluster || device.active_clusters(split.cluster) == 0) return false;
   if (kernel.fused && w.zero_type != ZeroType::kNone) return false;
   p.has_rest = w.zero_type == ZeroType::kFloat && !zeros_as_x(problem);
@@ -62,6 +59,8 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   p.group_shift = one_group ? 31 : w.group_size <= layout::kBlockK ? 0 : log2_of(w.group_size / layout::kBlockK);
   p.m = tokens;
   p.cluster = split.cluster;
+  p.columns_log = log2_of(split.columns);
+  p.k_blocks = static_cast<int32_t>(columns);
   p.part_slabs = static_cast<int32_t>(slabs / parts);
   p.part_rest = static_cast<int32_t>(slabs % parts);
   const int scale_bytes = size_of(w.scale_type), zero_bytes = zero_size(w.zero_type, w.scale_type);
@@ -77,15 +76,15 @@ bool plan_split(const GemmProblem& problem, int tokens, const KernelTraits& kern
   p.resolved_at = p.zeros_at + p.group_zero_bytes;
   p.resolved_bytes = static_cast<uint32_t>(group_values * 2);
   p.x_at = p.resolved_at + (!kernel.table && p.has_rest ? 4 : 2) * p.resolved_bytes;
-  p.stage_bytes = align(p.x_at + static_cast<uint32_t>(kernel.tokens) * kXPitch, 128);
+  p.stage_bytes = align(p.x_at + static_cast<uint32_t>(tokens * kXPitch), 128);
   p.nested_map_at = kSharedBase + (kernel.pair_table ? kPairTableBytes : 0);
   p.ring_at = p.nested_map_at + (w.scale_type == ScaleType::kNested ? kNestedMapSize * 4 : 0);
-  const int64_t end = p.ring_at + int64_t{split.warps} * kStages * p.stage_bytes;
-  // Sums take the place of a warp's ring.
+  // In the end sums take the place of the rings.
   static_assert(kStages * kXPitch >= kSumPitch);
+  const uint32_t end = p.ring_at + warps * kStages * p.stage_bytes;
   plan->shared_bytes = static_cast<int>(device.clusters ? end - kSharedBase : end);
   plan->split = split;
-  plan->ctas = columns * split.cluster;
+  plan->ctas = layout::ceil_div(columns, split.columns) * split.cluster;
   return plan->shared_bytes <= device.shared_bytes && plan->ctas <= INT32_MAX;
 }
 
@@ -93,25 +92,26 @@ namespace {
 
 const Compiled* search(const GemmProblem& problem, int tokens, const Candidates& candidates,
                        const DeviceProperties& device, Params* params, Plan* plan) {
-  constexpr int kWarps[] = {16, 12, 8, 6, 4, 3, 2, 1};
+  constexpr int kRows[] = {16, 12, 10, 8, 6, 5, 4, 3, 2, 1};
   const Compiled* best = nullptr;
   double best_cost = 0;
   const Params start = *params;
+  const auto consider = [&](const Compiled& kernel, const Split& split) {
+    Params p = start;
+    Plan candidate;
+    if (!plan_split(problem, tokens, kernel.traits, device, split, &p, &candidate)) return;
+    const double cost = cost_of(kernel.traits, device, p, candidate);
+    if (best != nullptr && cost >= best_cost) return;
+    best = &kernel;
+    best_cost = cost;
+    *params = p;
+    *plan = candidate;
+  };
   // In the order of their tokens, those with the fewest instructions first.
   for (int i = 0; i < candidates.count && best == nullptr; ++i) {
-    const Compiled& kernel = candidates.kernels[i];
-    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-      for (const int warps : kWarps) {
-        Params p = start;
-        Plan candidate;
-        const Split split{cluster, warps};
-        if (!plan_split(problem, tokens, kernel.traits, device, split, &p, &candidate)) continue;
-        const double cost = cost_of(problem, kernel.traits, device, p, split);
-        if (best != nullptr && cost >= best_cost) continue;
-        best = &kernel;
-        best_cost = cost;
-        *params = p;
-        *plan = candidate;
+    for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+      for (int columns = 1; columns <= kMaxColumns; columns *= 2) {
+        for (const int rows : kRows) consider(candidates.kernels[i], {cluster, columns, rows});
       }
     }
   }

@@ -9,6 +9,7 @@ namespace cutlass_ext::cuda::transposed {
 
 constexpr int kMaxTokens = 64;                        // of a launch
 constexpr int kStages = 2;                            // of a warp's ring
+constexpr int kMaxColumns = 4;                        // of a tile
 constexpr int kXPitch = layout::kBlockRows * 2 + 16;  // bytes between tokens of x, so that ldmatrix meets every bank
 constexpr int kSumPitch = (layout::kBlockK + 4) * 4;  // of a warp's sums
 
@@ -36,7 +37,8 @@ struct Candidates {
 
 struct Split {
   int cluster;  // CTAs along N
-  int warps;    // of a CTA, along N
+  int columns;  // of a tile: warps of a CTA along K
+  int rows;     // warps of a CTA along N
 };
 
 struct Plan {
