@@ -25,7 +25,8 @@ struct Config {
   using Codes = Codes_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kTokenTiles = kTokens / 8;  // n of an MMA
-  static constexpr int kWarps = kTokens <= 32 ? 16 : 8;
+  // What registers allow without spills; integers have four kinds of resolved values in fine kernels.
+  static constexpr int kWarps = kTokens > 32 ? 8 : kTokens > 16 && Codes::kFine && !Codes::kTable ? 12 : 16;
 };
 
 template <class C>
