@@ -30,8 +30,8 @@ Candidates candidates_of(bool table) {
   Candidates list;
   for (const int tokens : {8, 16, 32, 64}) {
     const auto add = [&](bool fused, bool fine) {
-      list.add(
-          {&functions[table][list.count], {tokens, tokens <= 32 ? 16 : 8, table, table && tokens < 64, fused, fine}});
+      const int warps = tokens > 32 ? 8 : tokens > 16 && fine && !table ? 12 : 16;
+      list.add({&functions[table][list.count], {tokens, warps, table, table && tokens < 64, fused, fine}});
     };
     if (!table) add(true, false);
     add(false, false);
