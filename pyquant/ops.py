@@ -47,9 +47,9 @@ def linear(
         x: [..., K], transposed [..., N]; fp32, fp16 or bf16, any strides.
         weight: [N, K], packed, on x's device.
         bias: [N], transposed [K], in x's dtype.
-        transposed: multiply with the weight itself. That is the gradient with respect to the x of the other product,
-            and HQQ's ``transpose=False``. Few tokens and 4-bit codes in fp16 and bf16 on a GPU run a fused kernel; all
-            else dequantizes the weight for torch's own GEMM (:func:`explain` says which).
+        transposed: multiply with the weight itself, as for the gradient with respect to the x of the other product.
+            Few tokens and 4-bit codes in fp16 and bf16 on a GPU run a fused kernel; all else dequantizes the weight for
+            torch's own GEMM (:func:`explain` says which).
         pdl: programmatic dependent launch (NVIDIA sm_90 and up, ignored elsewhere): the kernel may start, and read the
             weight, while the kernel before it on the stream still runs; x and y are touched after that one has ended.
             The weight must not be written by that kernel.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pyquant import PackedWeight, _library, explain, quantize
+from pyquant import PackedWeight, _library, quantize
 from pyquant.bench import device
 from pyquant.bench.environment import read_environment
 from pyquant.bench.graph_timing import cold_copies, time_graph
@@ -64,7 +64,6 @@ def measure(
                         timing.outputs[-1], expected, rtol=0.05, atol=0.02 * float(expected.abs().max())
                     )
                     row[column] = round(timing.us, 3)
-                row["dispatch"] = "dense" if explain(x, packed, transposed=True).dense else "fused"
                 print(row, flush=True)
                 rows.append(row)
     return rows
