@@ -46,6 +46,7 @@ sanitize: $(VENV)/.tools
 	build/sanitize/contract_test
 	build/sanitize/plan_test
 	build/sanitize/simt_plan_test
+	build/sanitize/transposed_plan_test
 	build/sanitize/wgmma_plan_test
 	build/sanitize/table_test
 

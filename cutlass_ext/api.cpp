@@ -49,7 +49,7 @@ cx_status resolve_gemm(const char* function, const cx_gemm_args* args, GemmProbl
   }
   CX_TRY(check_instance(function, args->instance, problem->device, &Instance::gemm, "a GEMM"));
   const Instance& instance = instance_at(args->instance);
-  if (instance.supports != nullptr && !instance.supports(*problem)) {
+  if (!covers(instance, *problem)) {
     return fail(CX_NOT_SUPPORTED, function, "instance: %s does not cover this weight, dtype or shape", instance.name);
   }
   *index = args->instance;
@@ -99,7 +99,7 @@ cx_status cx_get_instance(int32_t index, cx_instance_info* info) {
   if (info == nullptr) return fail(CX_INVALID_ARGUMENT, __func__, "info: expected a pointer, got NULL");
   const Instance& instance = instance_at(index);
   *info = {instance.name, instance.device == Device::kCpu ? CX_CPU : CX_CUDA, instance.available(),
-           instance.gemm != nullptr};
+           instance.gemm != nullptr, instance.family == Family::kTransposed};
   return CX_OK;
 }
 

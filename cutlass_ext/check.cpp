@@ -206,20 +206,25 @@ cx_status check_gemm(const char* function, const cx_gemm_args* args, GemmProblem
   if (args->m < 0 || args->m > kMaxExtent) {
     return fail(CX_INVALID_ARGUMENT, function, "m: expected 0..%" PRId64 ", got %" PRId64, kMaxExtent, args->m);
   }
+  constexpr uint32_t kFlags = CX_GEMM_PROGRAMMATIC_LAUNCH | CX_GEMM_DENSE_FALLBACK | CX_GEMM_TRANSPOSED;
+  if ((args->flags & ~kFlags) != 0) {
+    return fail(CX_INVALID_ARGUMENT, function, "flags: expected CX_GEMM_ values, got 0x%" PRIx32, args->flags);
+  }
+  out->transposed = (args->flags & CX_GEMM_TRANSPOSED) != 0;
   const Weight& w = out->weight;
+  const int64_t x_columns = out->transposed ? w.n : w.k, y_columns = out->transposed ? w.k : w.n;
+  const char x_letter = out->transposed ? 'N' : 'K', y_letter = out->transposed ? 'K' : 'N';
   if (args->m > 0 && (args->x == nullptr || args->y == nullptr)) {
     return fail(CX_INVALID_ARGUMENT, function, "%s: expected a pointer, got NULL", args->x == nullptr ? "x" : "y");
   }
-  if (args->m > 1 && args->ldx < w.k && args->ldx != 0) {
+  if (args->m > 1 && args->ldx < x_columns && args->ldx != 0) {
     return fail(CX_INVALID_ARGUMENT, function,
-                "ldx: expected at least K=%" PRId64 ", or 0 for one row repeated, got %" PRId64, w.k, args->ldx);
+                "ldx: expected at least %c=%" PRId64 ", or 0 for one row repeated, got %" PRId64, x_letter, x_columns,
+                args->ldx);
   }
-  if (args->m > 1 && args->ldy < w.n) {
-    return fail(CX_INVALID_ARGUMENT, function, "ldy: expected at least N=%" PRId64 ", got %" PRId64, w.n, args->ldy);
-  }
-  constexpr uint32_t kFlags = CX_GEMM_PROGRAMMATIC_LAUNCH | CX_GEMM_DENSE_FALLBACK;
-  if ((args->flags & ~kFlags) != 0) {
-    return fail(CX_INVALID_ARGUMENT, function, "flags: expected CX_GEMM_ values, got 0x%" PRIx32, args->flags);
+  if (args->m > 1 && args->ldy < y_columns) {
+    return fail(CX_INVALID_ARGUMENT, function, "ldy: expected at least %c=%" PRId64 ", got %" PRId64, y_letter,
+                y_columns, args->ldy);
   }
   CX_TRY(resolve_threads(function, args->threads, &out->threads));
   out->dtype = static_cast<DType>(args->dtype);

@@ -48,6 +48,23 @@ int64_t cuda_simt_tokens(const GemmProblem& problem) {
 // Up to so many tokens wgmma is taken to be faster than dequantizing for the dense GEMM.
 int64_t cuda_wgmma_tokens(const GemmProblem& problem) { return problem.weight.is_codebook ? 1024 : 2048; }
 
+// Transposed: up to so many tokens the fused kernel is faster than dequantizing for the dense GEMM. Us of the two at
+// M = 32, 64, 96 and 128 (H200, cold weights in a CUDA graph, bf16, 2026-11-21; profiles/h200/transposed.csv):
+//                 int4 g128                                          nf4
+//   1024 x 4096    7.0/ 8.8,  9.7/  9.1, 16.6/  9.2,  19.6/  9.7      7.7/ 8.8, 11.2/  9.1,  18.7/  9.2,  22.1/  9.7
+//   4096 x 4096   11.2/22.0, 15.7/ 20.5, 26.6/ 26.0,  31.1/ 24.7     13.9/21.9, 19.2/ 20.7,  32.9/ 25.9,  38.3/ 24.6
+//   6144 x 4096   13.4/33.4, 19.6/ 33.8, 32.3/ 36.4,  39.1/ 36.1     16.7/33.4, 24.5/ 34.1,  41.2/ 36.5,  49.4/ 36.7
+//   4096 x 14336  23.8/74.2, 40.1/ 74.6, 62.6/ 75.1,  79.6/ 75.5     33.0/74.8, 50.4/ 75.1,  83.2/ 76.0, 100.1/ 76.3
+//   8192 x 8192   23.2/83.5, 39.3/ 83.7, 62.3/ 84.6,  78.5/ 84.9     33.4/84.4, 49.9/ 84.8,  82.6/ 85.5, 100.6/ 85.8
+//   28672 x 4096  38.9/ 141, 65.3/  142,  102/  145,   131/  147     55.1/ 142, 81.6/  144,   137/  146,   164/  148
+int64_t cuda_transposed_tokens(const Weight& w) {
+  const int64_t values = w.n * w.k;
+  if (values < int64_t{1} << 23) return 32;
+  const bool large = values >= int64_t{1} << 26;
+  if (w.is_codebook) return large ? 96 : 64;
+  return large ? 128 : values > int64_t{1} << 24 ? 96 : 64;
+}
+
 // The first instance of a family that can run here; the manifest lists the best first. -1: none.
 template <class Suits>
 int first_available(Device device, Family family, Suits suits) {
@@ -59,9 +76,7 @@ int first_available(Device device, Family family, Suits suits) {
 }
 
 int first_gemm(const GemmProblem& problem, Family family) {
-  return first_available(problem.device, family, [&](const Instance& instance) {
-    return instance.supports == nullptr || instance.supports(problem);
-  });
+  return first_available(problem.device, family, [&](const Instance& instance) { return covers(instance, problem); });
 }
 
 // What the device's table says, or -1 if there is none or it names what does not run this problem here.
@@ -79,7 +94,7 @@ int select_by_table(const GemmProblem& problem, bool dense_fallback) {
   const Instance& instance = *kManifest[index];
   if (instance.device != problem.device || !instance.available()) return -1;
   if (instance.gemm == nullptr) return dense_fallback ? index : -1;
-  return instance.supports == nullptr || instance.supports(problem) ? index : -1;
+  return covers(instance, problem) ? index : -1;
 }
 
 int select_cuda(const GemmProblem& problem, bool dense_fallback) {
@@ -96,13 +111,27 @@ int select_cuda(const GemmProblem& problem, bool dense_fallback) {
   return stream >= 0 ? stream : first_gemm(problem, Family::kSimt);
 }
 
+int select_transposed(const GemmProblem& problem, bool dense_fallback) {
+  if (problem.m <= cuda_transposed_tokens(problem.weight) || !dense_fallback) {
+    const int fused = first_gemm(problem, Family::kTransposed);
+    if (fused >= 0) return fused;
+  }
+  return dense_fallback ? select_dequantize(problem.device) : -1;
+}
+
 }  // namespace
+
+bool covers(const Instance& instance, const GemmProblem& problem) {
+  return (instance.family == Family::kTransposed) == problem.transposed &&
+         (instance.supports == nullptr || instance.supports(problem));
+}
 
 int instance_count() { return kCount; }
 
 const Instance& instance_at(int index) { return *kManifest[index]; }
 
 int select_gemm(const GemmProblem& problem, bool dense_fallback) {
+  if (problem.transposed) return select_transposed(problem, dense_fallback);  // tables are about the others
   if (const int chosen = select_by_table(problem, dense_fallback); chosen >= 0) return chosen;
   if (problem.device == Device::kCuda) return select_cuda(problem, dense_fallback);
   return first_gemm(problem, problem.m <= kCpuStreamTokens ? Family::kStream : Family::kTile);

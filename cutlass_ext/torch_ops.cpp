@@ -128,16 +128,26 @@ struct WeightArguments {
   // fp32: tensor_scale [1], or for nested scales nested_offset [1], nested_map [256] and nested_absmax, one behind the
   // other.
   const std::optional<Tensor>& scale_data;
-  // format | scale type << 8 | zero type << 12 | group size << 16 (pyquant.ops.encode_spec), of which gemm takes
-  // kProgrammaticLaunch off
+  // format | scale type << 8 | zero type << 12 | group size << 16 (pyquant.ops.encode_spec); that of a gemm may have
+  // flags
   int64_t spec;
   int64_t n;
   int64_t k;
 };
 
 constexpr int64_t kNestedMapSize = 256;
-// Added to the spec of a gemm that may use programmatic dependent launch; far above any group size.
+// Flags in the spec of a gemm, far above any group size: it may use programmatic dependent launch; it is transposed.
 constexpr int64_t kProgrammaticLaunch = int64_t{1} << 62;
+constexpr int64_t kTransposed = int64_t{1} << 61;
+
+// Takes them off; returns the flags of cx_gemm_args. A negative spec has none: its group size is negative.
+uint32_t take_flags(int64_t& spec) {
+  if (spec < 0) return 0;
+  const uint32_t flags = ((spec & kProgrammaticLaunch) != 0 ? CX_GEMM_PROGRAMMATIC_LAUNCH : 0) |
+                         ((spec & kTransposed) != 0 ? CX_GEMM_TRANSPOSED : 0);
+  spec &= ~(kProgrammaticLaunch | kTransposed);
+  return flags;
+}
 
 // What a weight is, without its buffers.
 cx_weight describe(cx_layout layout, int64_t spec, int64_t n, int64_t k) {
@@ -221,21 +231,6 @@ Workspace& thread_workspace() {
 #define CX_TENSOR_SCHEMA "Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? scale_data, "
 #define CX_SPEC_SCHEMA "int spec, int n, int k"
 
-// Dequantizes into x's dtype, then torch's own GEMM.
-Tensor run_dense(const Tensor& x, const cx_weight& weight, cx_dtype dtype, const std::optional<Tensor>& bias,
-                 int32_t instance, const Place& place) {
-  Shape shape;
-  shape.push(weight.n);
-  shape.push(weight.k);
-  Tensor dense = empty(shape, x.scalar_type(), place);
-  check("gemm",
-        cx_dequantize(&weight, dtype, dense.mutable_data_ptr(), weight.k, place.device, place.stream, instance, 0));
-  StableIValue arguments[] = {torch::stable::detail::from(x), torch::stable::detail::from(dense),
-                              torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", arguments, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(arguments[0]);
-}
-
 bool is_gemm(int32_t instance) {
   cx_instance_info info;
   check("gemm", cx_get_instance(instance, &info));
@@ -249,19 +244,26 @@ struct GemmCall {
   Shape y_shape;
   cx_gemm_args args{};
 
-  GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int32_t instance,
-           const Place& place);
+  GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, uint32_t flags,
+           int32_t instance, const Place& place);
+
+  bool transposed() const { return (args.flags & CX_GEMM_TRANSPOSED) != 0; }
+  // Whether the dispatch may choose torch's own GEMM: on a GPU, and where the CPU has no kernels.
+  bool may_be_dense() const { return args.device == CX_CUDA || transposed(); }
 };
 
-GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, int32_t instance,
-                   const Place& place)
+GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optional<Tensor>& bias_in, uint32_t flags,
+                   int32_t instance, const Place& place)
     : x(x_in) {
-  const int64_t n = weight.n, k = weight.k;
+  args.flags = flags;
+  // Columns of x and of y.
+  const int64_t k = transposed() ? weight.n : weight.k, n = transposed() ? weight.k : weight.n;
+  const std::string k_name = transposed() ? "N=" : "K=", n_name = transposed() ? "K=" : "N=";
   const int64_t dims = x_in.dim();
   if (dims > Shape::kMaxDims) fail("gemm: x: expected at most 16 dimensions, got " + std::to_string(dims));
   if (dims < 1 || x_in.size(dims - 1) != k) {
-    const std::string got = dims < 1 ? "a scalar" : "K=" + std::to_string(x_in.size(dims - 1));
-    fail("gemm: x has " + got + ", the weight has K=" + std::to_string(k));
+    const std::string got = dims < 1 ? "a scalar" : k_name + std::to_string(x_in.size(dims - 1));
+    fail("gemm: x has " + got + ", the weight has " + k_name + std::to_string(k));
   }
   // A matrix may have any row stride, but for rows that overlap; other strides are made contiguous.
   const bool rows = dims == 2 && x_in.stride(1) == 1 && (x_in.stride(0) >= k || x_in.stride(0) == 0);
@@ -276,7 +278,7 @@ GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optio
   args.dtype = dtype_of(x, "gemm", "x");
   if (bias_in.has_value()) {
     if (bias_in->dim() != 1 || bias_in->size(0) != n) {
-      fail("gemm: bias: expected shape [N=" + std::to_string(n) + "], got " + std::to_string(bias_in->numel()) +
+      fail("gemm: bias: expected shape [" + n_name + std::to_string(n) + "], got " + std::to_string(bias_in->numel()) +
            " values in " + std::to_string(bias_in->dim()) + " dimensions");
     }
     bias = bias_in->is_contiguous() ? *bias_in : torch::stable::contiguous(*bias_in);
@@ -293,25 +295,61 @@ GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optio
   args.threads = place.device == CX_CPU ? static_cast<int32_t>(torch::stable::get_num_threads()) : 1;
 }
 
+// The instance that the dispatch chooses.
+int32_t select(const char* function, const GemmCall& call) {
+  cx_gemm_args args = call.args;
+  if (call.may_be_dense()) args.flags |= CX_GEMM_DENSE_FALLBACK;
+  int32_t index = 0;
+  check(function, cx_select_instance(&args, &index));
+  return index;
+}
+
+// A matrix in the memory of `t`, from its first element on.
+Tensor view_as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle handle = nullptr;
+  constexpr int64_t kOffset = 0;  // added to that of `t`
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, kOffset, &handle));
+  return Tensor(handle);
+}
+
+// Dequantizes into x's dtype, then torch's own GEMM into y. By its out variant, which autocast leaves alone.
+void run_dense(const GemmCall& call, const Tensor& y, int32_t instance, const Place& place) {
+  const cx_gemm_args& args = call.args;
+  const int64_t n = args.weight->n, k = args.weight->k;
+  Shape shape;
+  shape.push(n);
+  shape.push(k);
+  Tensor dense = empty(shape, call.x.scalar_type(), place);
+  check("gemm", cx_dequantize(args.weight, args.dtype, dense.mutable_data_ptr(), k, place.device, place.stream,
+                              instance, args.threads));
+  if (call.transposed()) dense = view_as_matrix(dense, k, n, 1, k);
+  const Tensor x = view_as_matrix(call.x, args.m, dense.size(1), args.ldx, 1);
+  const Tensor out = view_as_matrix(y, args.m, dense.size(0), args.ldy, 1);
+  StableIValue arguments[] = {torch::stable::detail::from(x), torch::stable::detail::from(dense),
+                              torch::stable::detail::from(call.bias), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", arguments, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(arguments[0]);  // the same as `out`; takes the reference that came back
+}
+
 Tensor run_gemm(const Tensor& x, WeightArguments weight_arguments, const std::optional<Tensor>& bias,
                 int32_t instance) {
   const Place place(x);
-  const bool programmatic_launch = weight_arguments.spec >= kProgrammaticLaunch;
-  if (programmatic_launch) weight_arguments.spec -= kProgrammaticLaunch;
+  const uint32_t flags = take_flags(weight_arguments.spec);
   const cx_weight weight = to_weight("gemm", CX_PACKED, weight_arguments, place);
-  GemmCall call(x, weight, bias, instance, place);
+  GemmCall call(x, weight, bias, flags, instance, place);
   cx_gemm_args& args = call.args;
-  if (programmatic_launch) args.flags |= CX_GEMM_PROGRAMMATIC_LAUNCH;
   Tensor y = empty(call.y_shape, call.x.scalar_type(), place);
   if (args.m == 0) return y;
   args.y = y.mutable_data_ptr();
-  if (place.device == CX_CUDA) {
-    if (instance == -1) {
-      args.flags |= CX_GEMM_DENSE_FALLBACK;
-      check("gemm", cx_select_instance(&args, &args.instance));
-      args.flags &= ~CX_GEMM_DENSE_FALLBACK;
-      if (!is_gemm(args.instance)) return run_dense(x, weight, args.dtype, call.bias, args.instance, place);
+  if (instance == -1 && call.may_be_dense()) {
+    args.instance = select("gemm", call);
+    if (!is_gemm(args.instance)) {
+      run_dense(call, y, args.instance, place);
+      return y;
     }
+  }
+  if (place.device == CX_CUDA) {
     check("gemm", cx_gemm(&args));  // no instance for CUDA needs a workspace
     return y;
   }
@@ -339,13 +377,11 @@ Tensor gemm(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, C
 // The instance that gemm would run, as an index; of a dequantizing one where torch's GEMM follows it.
 int64_t select_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS) {
   const Place place(x);
+  const uint32_t flags = take_flags(spec);
   const cx_weight weight = to_weight("explain", CX_PACKED, CX_WEIGHT_ARGUMENTS, place);
-  GemmCall call(x, weight, bias, -1, place);
+  GemmCall call(x, weight, bias, flags, -1, place);
   call.args.y = const_cast<void*>(call.args.x);  // checked to be a pointer, not written
-  if (place.device == CX_CUDA) call.args.flags |= CX_GEMM_DENSE_FALLBACK;
-  int32_t index = 0;
-  check("explain", cx_select_instance(&call.args, &index));
-  return index;
+  return select("explain", call);
 }
 
 Tensor gemm_instance(const Tensor& x, CX_TENSOR_PARAMETERS, std::optional<Tensor> bias, CX_SPEC_PARAMETERS,

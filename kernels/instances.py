@@ -36,7 +36,7 @@ CPU_INSTANCES = tuple(Instance("cpu", family, isa) for isa in CPU_ISA_FLAGS for 
 CUDA_INSTANCES = (
     *(
         Instance("cuda", family, f"{codes}_{dtype}")
-        for family in ("stream", "wgmma")
+        for family in ("stream", "wgmma", "transposed")
         for codes in ("int4", "codebook4")
         for dtype in ("bf16", "fp16")
     ),

@@ -36,9 +36,11 @@ struct Weight {
   int64_t groups() const { return layout::ceil_div(k, group_size); }  // of a row
 };
 
+// y[M, N] = x[M, K] W^T (+ bias [N]); transposed: y[M, K] = x[M, N] W (+ bias [K]).
 struct GemmProblem {
   Device device;
   Weight weight;
+  bool transposed;
   DType dtype;  // of x, y and bias
   int64_t m;
   const void* x;

@@ -44,6 +44,7 @@ class _InstanceInfo(ctypes.Structure):
         ("device", ctypes.c_int),
         ("available", ctypes.c_int32),
         ("is_gemm", ctypes.c_int32),
+        ("is_transposed", ctypes.c_int32),
     ]
 
 
@@ -118,7 +119,8 @@ def formats() -> list[dict[str, Any]]:
 
 @functools.cache
 def instances() -> tuple[dict[str, Any], ...]:
-    """The kernel instances: name, device ("cpu" or "cuda"), available (on this machine), is_gemm; in manifest order."""
+    """The kernel instances in manifest order: name, device ("cpu" or "cuda"), available (on this machine), is_gemm,
+    is_transposed (a GEMM, for transposed products only)."""
     rows = []
     for i in range(_library().cx_instance_count()):
         info = _InstanceInfo()
@@ -130,6 +132,7 @@ def instances() -> tuple[dict[str, Any], ...]:
                 "device": device,
                 "available": bool(info.available),
                 "is_gemm": bool(info.is_gemm),
+                "is_transposed": bool(info.is_transposed),
             }
         )
     return tuple(rows)

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ._packed_cache import CacheEntry, packed
 from .formats import FORMATS
 from .load import LoadError
-from .ops import dequantize, gemm
+from .ops import flip, gemm
 
 _CODEBOOKS: dict[tuple[str, torch.device], torch.Tensor] = {}
 
@@ -47,8 +46,7 @@ def matmul_4bit(
 
     Warns:
         DeprecationWarning: where the weight was quantized as [K, N], that is when A's last size is
-            ``quant_state.shape[0]`` and not ``shape[1]``. Such a weight is dequantized in each call, and kept for the
-            gradient of A.
+            ``quant_state.shape[0]`` and not ``shape[1]``. The product is then ``A @ dequant(B)``.
     """
     if quant_state is None:
         raise ValueError("matmul_4bit: quant_state: expected the QuantState of B, got None")
@@ -68,7 +66,7 @@ def matmul_4bit(
             DeprecationWarning,
             stacklevel=2,
         )
-        y = F.linear(A, dequantize(entry.weight, A.dtype).t(), bias)
+        y = gemm(A, *entry.tensors, bias, *flip(entry.integers))
     return y if out is None else _into("matmul_4bit", out, y)
 
 

@@ -32,30 +32,41 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # cx_dtype
 _DTYPE_OF_ID = {i: dtype for dtype, i in _DTYPES.items()}
 
 
-# Added to a gemm's spec, allows programmatic dependent launch: kProgrammaticLaunch of cutlass_ext/torch_ops.cpp.
+# Added to a gemm's spec: kProgrammaticLaunch and kTransposed of cutlass_ext/torch_ops.cpp.
 _PDL = 1 << 62
+_TRANSPOSED = 1 << 61
 
 
 def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, pdl: bool = False
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
+    pdl: bool = False,
 ) -> torch.Tensor:
-    """``x @ dequant(weight)^T + bias``, as ``torch.nn.functional.linear``.
+    """``x @ dequant(weight)^T + bias``, as ``torch.nn.functional.linear``; transposed ``x @ dequant(weight) + bias``.
 
     Args:
-        x: [..., K], fp32, fp16 or bf16, any strides.
+        x: [..., K], transposed [..., N]; fp32, fp16 or bf16, any strides.
         weight: [N, K], packed, on x's device.
-        bias: [N] in x's dtype.
+        bias: [N], transposed [K], in x's dtype.
+        transposed: multiply with the weight itself, as for the gradient with respect to the x of the other product.
+            Few tokens and 4-bit codes in fp16 and bf16 on a GPU run a fused kernel; all else dequantizes the weight for
+            torch's own GEMM (:func:`explain` says which).
         pdl: programmatic dependent launch (NVIDIA sm_90 and up, ignored elsewhere): the kernel may start, and read the
             weight, while the kernel before it on the stream still runs; x and y are touched after that one has ended.
             The weight must not be written by that kernel.
 
     Returns:
-        [..., N] in x's dtype, accumulated in fp32. Gradients flow to x and bias.
+        [..., N], transposed [..., K], in x's dtype, accumulated in fp32. Gradients flow to x and bias.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
     tensors, (spec, n, k) = op_arguments(weight)
+    if transposed:
+        spec += _TRANSPOSED
     return gemm(x, *tensors, bias, spec + _PDL if pdl else spec, n, k)
 
 
@@ -98,17 +109,22 @@ class Explanation:
         return f"{self.instance}{then} (chosen by the {'table' if self.by_table else 'rule'})"
 
 
-def explain(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> Explanation:
-    """What ``linear(x, weight, bias)`` would run, without running it.
+def explain(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, transposed: bool = False
+) -> Explanation:
+    """What ``linear(x, weight, bias, transposed=transposed)`` would run, without running it.
 
     Raises:
         RuntimeError: as :func:`linear` would.
     """
     tensors, integers = op_arguments(weight)
+    if transposed:
+        integers = flip(integers)
     row = instances()[torch.ops.pyquant.select_instance(x, *tensors, bias, *integers)]
     # The dispatch asks the table first. If what the table names is what runs, the table chose it; if not, then because
-    # that instance does not take the problem.
-    return Explanation(row["name"], not row["is_gemm"], row["name"] == _table_choice(x, weight))
+    # that instance does not take the problem. Transposed products are in no table.
+    by_table = not transposed and row["name"] == _table_choice(x, weight)
+    return Explanation(row["name"], not row["is_gemm"], by_table)
 
 
 def _table_choice(x: torch.Tensor, weight: PackedWeight) -> str | None:
@@ -197,6 +213,12 @@ def op_arguments(weight: PackedWeight) -> tuple[tuple[torch.Tensor | None, ...],
     return (w.codes, w.scales, w.zeros, w.codebook, w.scale_data), (encode_spec(w), w.n, w.k)
 
 
+def flip(integers: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The integers of the product with the weight the other way round, transposed or not; without ``pdl``."""
+    spec, n, k = integers
+    return (spec ^ _TRANSPOSED) & ~_PDL, n, k
+
+
 def encode_spec(weight: PackedWeight | QuantizedWeight) -> int:
     """Format, scale type, zero type and group size in one integer: an argument of a call costs about 0.5 us."""
     w = weight
@@ -224,9 +246,14 @@ def _convert(
 @torch.library.register_fake("pyquant::gemm")
 @torch.library.register_fake("pyquant::gemm_instance")
 def _gemm_fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    n, k = arguments[7], arguments[8]
-    torch._check(x.dim() >= 1 and x.shape[-1] == k, lambda: f"gemm: x has shape {x.shape}, the weight has K={k}")
-    return x.new_empty((*x.shape[:-1], n))
+    spec, n, k = arguments[6:9]
+    transposed = bool(spec & _TRANSPOSED)
+    columns, result, letter = (n, k, "N") if transposed else (k, n, "K")
+    torch._check(
+        x.dim() >= 1 and x.shape[-1] == columns,
+        lambda: f"gemm: x has shape {x.shape}, the weight has {letter}={columns}",
+    )
+    return x.new_empty((*x.shape[:-1], result))
 
 
 @torch.library.register_fake("pyquant::dequantize")
@@ -247,8 +274,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: torch.Tensor) -> Non
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.pyquant.dequantize(*ctx.saved_tensors, *ctx.integers, _DTYPES[grad.dtype])
-        grad_x = grad.matmul(weight)
+        grad_x = gemm(grad, *ctx.saved_tensors, None, *flip(ctx.integers))
     if ctx.has_bias and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return (grad_x, *[None] * 5, grad_bias, *[None] * 3)

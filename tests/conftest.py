@@ -266,12 +266,21 @@ def scale_parts(weight: PackedWeight) -> dict[str, torch.Tensor]:
     return {"tensor_scale": data[0]}
 
 
-def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, instance: int = -1) -> torch.Tensor:
+def gemm(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    instance: int = -1,
+    *,
+    transposed: bool = False,
+    pdl: bool = False,
+) -> torch.Tensor:
     """The operator; with a forced kernel instance if one is given."""
-    tensors, spec = op_arguments(weight)
+    tensors, (spec, n, k) = op_arguments(weight)
+    spec += (transposed << 61) + (pdl << 62)
     if instance == -1:
-        return torch.ops.pyquant.gemm(x, *tensors, bias, *spec)
-    return torch.ops.pyquant.gemm_instance(x, *tensors, bias, *spec, instance)
+        return torch.ops.pyquant.gemm(x, *tensors, bias, spec, n, k)
+    return torch.ops.pyquant.gemm_instance(x, *tensors, bias, spec, n, k, instance)
 
 
 def gemm_instances() -> dict[int, str]:

@@ -39,7 +39,11 @@ from pyquant.ops import op_arguments
 from pyquant.tables import Bucket, Entry, Table
 
 # In the manifest of a build with CUDA, whether or not this machine can run them.
-GEMMS = {row["name"]: i for i, row in enumerate(_library.instances()) if row["device"] == "cuda" and row["is_gemm"]}
+GEMMS = {
+    row["name"]: i
+    for i, row in enumerate(_library.instances())
+    if row["device"] == "cuda" and row["is_gemm"] and not row["is_transposed"]
+}
 DISPATCH = {"dispatch": -1}
 each_gemm = pytest.mark.parametrize("name", [*DISPATCH, *GEMMS])
 
@@ -681,8 +685,7 @@ REPLAYS = 50
 def gemm_pdl(x: torch.Tensor, packed: PackedWeight, name: str, pdl: bool) -> torch.Tensor:
     if name == "dispatch":
         return linear(x, packed, pdl=pdl)
-    tensors, (spec, n, k) = op_arguments(packed)
-    return torch.ops.pyquant.gemm_instance(x, *tensors, None, spec + (pdl << 62), n, k, index_of(name))
+    return gemm(x, packed, None, index_of(name), pdl=pdl)
 
 
 @each_dtype

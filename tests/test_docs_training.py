@@ -29,15 +29,17 @@ def test_training(tmp_path: Path) -> None:
     """One after the other, as one program."""
     pytest.importorskip("peft", reason="needs peft")
     pytest.importorskip("transformers", reason="needs transformers")
-    with_peft, loading, without = blocks("training.md")
-    output = succeed([sys.executable, "-c", "\n".join([with_peft, loading, without])], tmp_path)
+    snippets = blocks("training.md")
+    assert len(snippets) == 4
+    output = succeed([sys.executable, "-c", "\n".join(snippets)], tmp_path)
     assert "trainable params" in output
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 def test_training_without_peft(tmp_path: Path) -> None:
-    *_, without = blocks("training.md")
-    succeed([sys.executable, "-c", f"import torch\nimport pyquant\n{without}"], tmp_path)
+    *_, without, transposed = blocks("training.md")
+    output = succeed([sys.executable, "-c", f"import torch\nimport pyquant\n{without}\n{transposed}"], tmp_path)
+    assert "cpu_dequant_" in output
 
 
 def test_one_process(tmp_path: Path) -> None:

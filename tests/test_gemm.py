@@ -420,7 +420,7 @@ def test_wrong_instances() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(4, b"flags: expected CX_GEMM_ values, got 0x4"), (1 << 31, b"flags: ")]
+    ("flags", "message"), [(8, b"flags: expected CX_GEMM_ values, got 0x8"), (1 << 31, b"flags: ")]
 )
 def test_unknown_flags_are_refused(flags: int, message: bytes) -> None:
     packed, _ = one_packed(8, 64)

@@ -75,6 +75,21 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& r0, ui
                : "memory");
 }
 
+// Two of them; the rows are those of the first 16 lanes.
+__device__ __forceinline__ void load_matrices_2(uint32_t address, uint32_t& r0, uint32_t& r1) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r0), "=r"(r1)
+               : "r"(address)
+               : "memory");
+}
+
+// The transpose of an 8x8 matrix of 16-bit values, of which lane 4g + t holds two: row g, columns 2t and 2t + 1.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 __device__ __forceinline__ void sync_warps(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -82,8 +97,7 @@ __device__ __forceinline__ void sync_warps(int barrier, int threads) {
 // Copies kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory, asynchronously. With
 // `valid` false the bytes become zeros and `from` is not read.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* from, bool valid = true) {
   const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
@@ -91,6 +105,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(kBytes), "r"(bytes)
                  : "memory");
   }
+}
+
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
+  copy_async<kBytes>(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from, valid);
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -143,6 +162,23 @@ __device__ __forceinline__ void send_float2(uint32_t address, uint32_t barrier, 
       "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y)
       : "memory");
 #endif
+}
+
+// Two values at this CTA's shared address `from`, in the CTA `rank` of the cluster.
+__device__ __forceinline__ float2 load_float2_from_cta(uint32_t from, int rank) {
+  float2 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0,%1}, [remote];\n"
+      "}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(from), "r"(rank)
+      : "memory");
+#endif
+  return v;
 }
 
 // A float at this CTA's shared address `from`, in the CTA `rank` of the cluster.

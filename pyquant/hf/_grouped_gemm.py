@@ -48,7 +48,7 @@ def _forward(x: torch.Tensor, counts: torch.Tensor, tensors: _Tensors, integers:
             rows = x[start : start + size]
             if permutation is not None:
                 rows = permute(rows, permutation)
-            out[start : start + size] = gemm(rows, tuple(weight), None, _integers_of(i, integers))
+            out[start : start + size] = gemm(rows, *weight, None, *_integers_of(i, integers))
         start += size
     return out
 

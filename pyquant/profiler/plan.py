@@ -62,9 +62,10 @@ def instances_of(device: str, globs: Sequence[str]) -> list[tuple[int, str, bool
     """Index, name and is_gemm of the instances that ``device`` can run and one of ``globs`` matches; no globs: all.
 
     A glob may leave out the device in front of a name, and may name a format (``wgmma_nf4_*``) in place of its
-    encoding (``wgmma_codebook4_*``). Of instances that dequantize there is the first only: a call takes no other.
+    encoding (``wgmma_codebook4_*``). Of instances that dequantize there is the first only: a call takes no other. None
+    of those for transposed products, which tables say nothing about.
     """
-    rows = enumerate(_library.instances())
+    rows = [(i, r) for i, r in enumerate(_library.instances()) if not r["is_transposed"]]
     usable = [(i, str(r["name"]), bool(r["is_gemm"])) for i, r in rows if r["device"] == device and r["available"]]
     dense = next((row for row in usable if not row[2]), None)
     usable = [row for row in usable if row[2] or row == dense]

@@ -159,6 +159,18 @@ void check_gemm() {
   expect_error(CX_INVALID_ARGUMENT, "ldx", [&] {
     cutlass_ext::gemm<float>(packed, {x.data(), kM, kK, 1}, {y.data(), kM, kN}, nullptr, workspace);
   });
+  // Transposed, x has N columns and y has K. The CPU has no kernel for that.
+  cutlass_ext::Options transposed;
+  transposed.flags = CX_GEMM_TRANSPOSED;
+  expect_error(CX_INVALID_ARGUMENT, "gemm: x: columns (N): expected 70, got 96", [&] {
+    cutlass_ext::gemm<float>(packed, {x.data(), kM, kK}, {y.data(), kM, kN}, nullptr, workspace, transposed);
+  });
+  expect_error(CX_INVALID_ARGUMENT, "gemm: y: columns (K): expected 96, got 70", [&] {
+    cutlass_ext::gemm<float>(packed, {y.data(), kM, kN}, {again.data(), kM, kN}, nullptr, workspace, transposed);
+  });
+  expect_error(CX_NOT_SUPPORTED, "instance: this build has none for the problem", [&] {
+    cutlass_ext::gemm<float>(packed, {y.data(), kM, kN}, {x.data(), kM, kK}, nullptr, workspace, transposed);
+  });
   if (bytes > 0) {
     expect_error(CX_WORKSPACE_TOO_SMALL, "workspace",
                  [&] { cutlass_ext::gemm(packed, x_view, y_view, nullptr, buffer.data(), bytes - 1, bf16); });

@@ -1,4 +1,5 @@
-/* C API of cutlass_ext: y[M,N] = x[M,K] @ dequant(W[N,K])^T + bias, with W stored in 2 to 8 bits.
+/* C API of cutlass_ext: y[M,N] = x[M,K] @ dequant(W[N,K])^T + bias, with W stored in 2 to 8 bits; and, for gradients
+ * with respect to that x, y[M,K] = x[M,N] @ dequant(W[N,K]) + bias (CX_GEMM_TRANSPOSED).
  *
  * Rules that hold for every function:
  *  - A function that can fail returns a cx_status and, if that is not CX_OK, leaves a message for the calling thread in
@@ -116,19 +117,20 @@ typedef struct cx_format_info {
 typedef struct cx_instance_info {
   const char* name; /* <device>_<family>_<isa> */
   cx_device device;
-  int32_t available; /* nonzero: this machine (CUDA: the current device) can run it */
-  int32_t is_gemm;   /* nonzero: for cx_gemm; 0: for cx_dequantize */
+  int32_t available;     /* nonzero: this machine (CUDA: the current device) can run it */
+  int32_t is_gemm;       /* nonzero: for cx_gemm; 0: for cx_dequantize */
+  int32_t is_transposed; /* nonzero: for cx_gemm with CX_GEMM_TRANSPOSED, and only for that */
 } cx_instance_info;
 
 typedef struct cx_gemm_args {
   const cx_weight* weight; /* packed */
   cx_dtype dtype;          /* of x, y and bias */
   int64_t m;               /* tokens; 0 is allowed */
-  const void* x;           /* [M, K] */
+  const void* x;           /* [M, K]; with CX_GEMM_TRANSPOSED [M, N] */
   int64_t ldx;
-  void* y; /* [M, N] */
+  void* y; /* [M, N]; transposed [M, K] */
   int64_t ldy;
-  const void* bias; /* [N] or NULL */
+  const void* bias; /* [N] or NULL; transposed [K] */
   cx_device device;
   void* stream;    /* cudaStream_t; ignored on the CPU */
   void* workspace; /* at least cx_gemm_workspace bytes, 64-byte aligned */
@@ -145,6 +147,10 @@ typedef struct cx_gemm_args {
 /* For cx_select_instance: the caller has a dense GEMM, so the dispatch may answer with a dequantizing instance: for
  * cx_dequantize, followed by the caller's GEMM. */
 #define CX_GEMM_DENSE_FALLBACK 2u
+/* y[M,K] = x[M,N] @ dequant(W[N,K]) + bias[K], on the same packed weight. There are kernels for CX_CUDA, fp16 and bf16,
+ * and weights of 4 bits whose groups do not cross row ends; for all else cx_gemm says CX_NOT_SUPPORTED, and
+ * cx_select_instance with CX_GEMM_DENSE_FALLBACK names an instance that dequantizes. */
+#define CX_GEMM_TRANSPOSED 4u
 
 /* major * 10000 + minor * 100 + patch of the library. */
 CX_API int32_t cx_version(void);

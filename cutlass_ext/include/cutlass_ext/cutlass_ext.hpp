@@ -177,8 +177,9 @@ template <typename T>
 cx_gemm_args gemm_args(const cx_weight& weight, MatrixView<const T> x, MatrixView<T> y, const T* bias,
                        const Options& options) {
   check_dtype<T>("gemm", options.dtype);
-  check_extent("gemm", "x: columns (K)", weight.k, x.cols);
-  check_extent("gemm", "y: columns (N)", weight.n, y.cols);
+  const bool transposed = (options.flags & CX_GEMM_TRANSPOSED) != 0;
+  check_extent("gemm", transposed ? "x: columns (N)" : "x: columns (K)", transposed ? weight.n : weight.k, x.cols);
+  check_extent("gemm", transposed ? "y: columns (K)" : "y: columns (N)", transposed ? weight.k : weight.n, y.cols);
   check_extent("gemm", "y: rows (M)", x.rows, y.rows);
   return {&weight,      options.dtype,  x.rows,         x.data,  x.ld, y.data,           y.ld,
           bias,         options.device, options.stream, nullptr, 0,    options.instance, options.threads,
@@ -196,7 +197,8 @@ size_t gemm_workspace_bytes(const cx_weight& weight, detail::ConstView<T> x, Mat
   return bytes;
 }
 
-// y[M, N] = x[M, K] @ weight^T + bias, with `bias` [N] or null, in the caller's workspace.
+// y[M, N] = x[M, K] @ weight^T + bias, with `bias` [N] or null, in the caller's workspace. With CX_GEMM_TRANSPOSED in
+// the options' flags y[M, K] = x[M, N] @ weight + bias, with `bias` [K] or null.
 template <typename T>
 void gemm(const cx_weight& weight, detail::ConstView<T> x, MatrixView<T> y, detail::ConstPointer<T> bias,
           void* workspace, size_t workspace_bytes, const Options& options = {}) {

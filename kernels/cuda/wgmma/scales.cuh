@@ -17,7 +17,8 @@ constexpr int kResolveThreads = kResolveWarps * 32;
 // The type of scales is the template's, so that a stage takes about 60 instructions and no branches: with a switch over
 // types these warps took 450 clocks for 64 groups of 4 values, and warps that multiply waited for them (H200,
 // 8192 x 8192, M = 64).
-template <class Codes, ScaleType kType>
+// Params: those of a kernel that has stages of this form.
+template <class Codes, ScaleType kType, class Params = wgmma::Params>
 class ScaleResolver {
  public:
   static constexpr int kValues = 4;  // of a share: neighbours in a group, for the rows g, g + 8, g + 1, g + 9

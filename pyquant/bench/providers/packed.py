@@ -82,13 +82,14 @@ class DequantCublas(Packed):
 
 
 def cuda_instances(is_gemm: bool | None) -> list[int]:
-    """Indices of the instances that this GPU can run: GEMMs (True), those that dequantize (False), or all (None).
+    """Indices of the instances that this GPU can run: GEMMs (True), those that dequantize (False), or all (None);
+    none of those for transposed products.
 
     Raises:
         Unavailable: when there is none.
     """
     rows = enumerate(_library.instances())
-    usable = [(i, row) for i, row in rows if row["device"] == "cuda" and row["available"]]
+    usable = [(i, row) for i, row in rows if row["device"] == "cuda" and row["available"] and not row["is_transposed"]]
     found = [i for i, row in usable if is_gemm is None or row["is_gemm"] == is_gemm]
     kind = {None: "", True: "GEMM ", False: "dequantization "}[is_gemm]
     status = _library.build_info().get("cuda", "unknown")

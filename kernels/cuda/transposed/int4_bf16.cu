@@ -1,0 +1,7 @@
+#include "kernels/cuda/transposed/launch.cuh"
+
+namespace cutlass_ext {
+extern const Instance cuda_transposed_int4_bf16;
+const Instance cuda_transposed_int4_bf16 =
+    cuda::transposed::make_instance<cuda::wgmma::IntegerCodes, __nv_bfloat16>("cuda_transposed_int4_bf16");
+}  // namespace cutlass_ext
