@@ -129,8 +129,8 @@ def random_weight(variant: Variant, n: int, k: int, group_size: int | None = Non
     if variant.scale_type in FLOAT_DTYPES:
         scales = floats(0.01, 0.1, shape).to(FLOAT_DTYPES[variant.scale_type])
     else:
-        # E4M3: positive and no NaN. E8M0: 2^-10 .. 2^10, so that fp16 can hold the result.
-        low, high = {ScaleType.E4M3: (0, 0x7F), ScaleType.E8M0: (117, 138)}.get(variant.scale_type, (0, 256))
+        # E4M3: positive and no NaN. E8M0: 2^-10 .. 2^6, so that fp16 can hold the result.
+        low, high = {ScaleType.E4M3: (0, 0x7F), ScaleType.E8M0: (117, 134)}.get(variant.scale_type, (0, 256))
         scales = torch.randint(low, high, shape, dtype=torch.uint8, generator=g)
     if variant.scale_type is ScaleType.NESTED:
         parts["nested_map"] = floats(-1, 1, (256,))

@@ -160,7 +160,7 @@ def test_every_instance_is_available() -> None:
 def rule_only(tmp_path: Path) -> Iterator[None]:
     """A table of no weight that the test has, so that the dispatch's rule decides."""
     pytest.importorskip("jsonschema")
-    entry = Entry("int8", "fp32", 0, 1, 1, (Bucket(1, None, "cuda_simt_fp32"),))
+    entry = Entry("codebook2", "fp32", 0, 1, 1, (Bucket(1, None, "cuda_simt_fp32"),))
     path = tmp_path / "table.json"
     path.write_text(Table(torch.cuda.get_device_name(), None, (entry,)).to_json())
     load_table(path)

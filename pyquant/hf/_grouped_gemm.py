@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..nn import QuantLinear, permute
-from ..ops import _DTYPES, gemm, op_arguments
+from ..ops import flip, gemm, op_arguments
 
 _Tensors = Sequence[torch.Tensor | None]
 _PER_LAYER = 6  # the five tensors of a packed weight, and the permutation
@@ -65,8 +65,7 @@ def _backward(grad: torch.Tensor, counts: torch.Tensor, tensors: _Tensors, integ
     for i, size in enumerate(counts.tolist()):
         if size:
             *weight, permutation = tensors[i * _PER_LAYER : (i + 1) * _PER_LAYER]
-            w = torch.ops.pyquant.dequantize(*weight, *_integers_of(i, integers), _DTYPES[grad.dtype])
-            part = grad[start : start + size] @ w
+            part = gemm(grad[start : start + size], *weight, None, *flip(_integers_of(i, integers)))
             if permutation is None:
                 grad_x[start : start + size] = part
             else:
