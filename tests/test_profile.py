@@ -76,7 +76,8 @@ def test_globs_match_with_and_without_the_device(monkeypatch: pytest.MonkeyPatch
     assert [name for _, name, _ in instances_of("cpu", ["cpu_stream_*"])] == [n for n in every if "_stream_" in n]
     assert [name for _, name, _ in instances_of("cpu", ["tile_*"])] == [n for n in every if "_tile_" in n]
     assert instances_of("cpu", ["cuda_*"]) == []
-    tables = [{"name": f"cuda_{n}_bf16", "device": "cuda", "available": True, "is_gemm": True} for n in
+    tables = [{"name": f"cuda_{n}_bf16", "device": "cuda", "available": True, "is_gemm": True,
+               "is_transposed": False} for n in
               ("stream_int4", "wgmma_codebook4", "wgmma_int4")]  # fmt: skip
     monkeypatch.setattr(_library, "instances", lambda: tables)
     for glob, numbers in {"wgmma_*nf4*": [1], "*_uint4_*": [0, 2], "*codebook4*": [1], "*int8*": [], "*mxfp4_bf16": [1],

@@ -37,7 +37,7 @@ Candidates candidates_of(bool table) {
   Candidates list;
   const auto add = [&](const Tile& t, bool fused, bool fine) {
     list.add({&functions[table][list.count],
-              {t.tokens, t.tokens <= 128 ? 2 : 1, t.row_tiles, t.warpgroups, std::min(t.tokens, 64), table,
+              {t.tokens, t.tokens <= 128 ? 2 : 1, t.row_tiles, t.warpgroups, std::min(t.tokens, 64) * 128, table,
                table && t.tokens <= 64, fused, fine}});
   };
   for (const Tile& t : kTiles) {
