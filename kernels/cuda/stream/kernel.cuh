@@ -122,7 +122,8 @@ class Kernel {
     // later, and a kernel whose predecessor had ended was 2 to 12% slower instead of 1 to 2% (H200,
     // scripts/pdl_neighbours.py, 2026-11-21). In a chain the waiting is covered by other CTAs' requests: 4096 x 4096, M
     // = 1, 4.1 instead of 4.4 us.
-    if (p.programmatic_launch) {
+    const bool dependent = kHopper && p.programmatic_launch;
+    if (dependent) {
       prepare();
       wait_for_previous_kernel();
     }
@@ -134,7 +135,7 @@ class Kernel {
       request_first_x(i);
       cute::cp_async_fence();
     }
-    if (!p.programmatic_launch) prepare();
+    if (!dependent) prepare();
     cute::cp_async_wait<C::kStages - 1>();
     // The table, the map of nested scales, and x that other warps have loaded.
     if (Codes::kTable || Scales<C>::kResolve || Scales<C>::kNestedDirect || row_warps > 1) __syncthreads();
@@ -281,6 +282,7 @@ class Kernel {
 
   // A block's x: eight lanes have a token's 64 values.
   __device__ __forceinline__ void request_block_x(uint32_t slot, int block) const {
+    const int lane = kHopper ? this->lane : fresh_lane();  // for sm_80 two kernels spill what this keeps
     const int first = lane >> 3;
     const int k = block * layout::kBlockK + (lane & 7) * 8;
     const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(first) + k;
