@@ -282,13 +282,16 @@ class Kernel {
 
   // A block's x: eight lanes have a token's 64 values.
   __device__ __forceinline__ void request_block_x(uint32_t slot, int block) const {
-    const int lane = kHopper ? this->lane : fresh_lane();  // for sm_80 two kernels spill what this keeps
+    // For sm_80, where int4 with four atoms and 16 tokens has no register left (found by trying): bf16 reads the lane
+    // anew, fp16 has the loop rolled.
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    const int lane = kHopper || kHalf ? this->lane : fresh_lane();
     const int first = lane >> 3;
     const int k = block * layout::kBlockK + (lane & 7) * 8;
     const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(first) + k;
     uint32_t to = slot + first * kBlockXPitch + (lane & 7) * 16;
     if (p.x_vector) {
-#pragma unroll
+#pragma unroll kHopper || !kHalf ? 8 : 1
       for (int token = 0; token < C::kTokens; token += 4) {
         if (first + token < p.m) copy_x(to + token * kBlockXPitch, from, k);
         from += uint64_t(p.ldx) * 4;
