@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/plan_cache.hpp"
+
 namespace cutlass_ext::cuda::transposed {
 namespace {
 
@@ -118,57 +120,20 @@ const Compiled* search(const GemmProblem& problem, int tokens, const Candidates&
   return best;
 }
 
-// What a choice depends on, and the choice; the calling thread keeps its last ones.
-struct Choice {
-  const DeviceProperties* device = nullptr;
-  const void* function;  // of the first candidate
-  int64_t n, k, group_size;
-  int tokens;
-  ScaleType scale_type;
-  ZeroType zero_type;
-  int kernel;
-  Split split;
-
-  bool suits(const GemmProblem& problem, int m, const Candidates& candidates, const DeviceProperties& on) const {
-    const Weight& w = problem.weight;
-    return device == &on && function == candidates.kernels[0].function && n == w.n && k == w.k &&
-           group_size == w.group_size && tokens == m && scale_type == w.scale_type && zero_type == w.zero_type;
-  }
-};
-
-constexpr int kChoices = 64;
-
-Choice& choice_for(const Weight& w, int tokens) {
-  thread_local Choice choices[kChoices];
-  const uint64_t hash =
-      (static_cast<uint64_t>(w.n) * 31 + static_cast<uint64_t>(w.k)) * 61 + static_cast<uint64_t>(tokens);
-  return choices[hash * 0x9E3779B97F4A7C15u >> 58];
-}
-
 }  // namespace
 
 const Compiled* choose_plan(const GemmProblem& problem, int tokens, const Candidates& candidates,
                             const DeviceProperties& device, Params* params, Plan* plan) {
-  const Weight& w = problem.weight;
-  Choice& choice = choice_for(w, tokens);
-  if (choice.suits(problem, tokens, candidates, device)) {
-    const Compiled* kernel = &candidates.kernels[choice.kernel];
-    return plan_split(problem, tokens, kernel->traits, device, choice.split, params, plan) ? kernel : nullptr;
-  }
-  const Compiled* kernel = search(problem, tokens, candidates, device, params, plan);
-  if (kernel != nullptr) {
-    choice = {&device,
-              candidates.kernels[0].function,
-              w.n,
-              w.k,
-              w.group_size,
-              tokens,
-              w.scale_type,
-              w.zero_type,
-              static_cast<int>(kernel - candidates.kernels),
-              plan->split};
-  }
-  return kernel;
+  return choose_once<Split>(
+      problem.weight, tokens, candidates, device,
+      [&](const Compiled& kernel, const Split& split) {
+        return plan_split(problem, tokens, kernel.traits, device, split, params, plan);
+      },
+      [&](Split* split) {
+        const Compiled* kernel = search(problem, tokens, candidates, device, params, plan);
+        if (kernel != nullptr) *split = plan->split;
+        return kernel;
+      });
 }
 
 }  // namespace cutlass_ext::cuda::transposed

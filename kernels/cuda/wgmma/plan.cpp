@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/plan_cache.hpp"
 #include "kernels/decode.hpp"
 
 namespace cutlass_ext::cuda::wgmma {
@@ -166,56 +167,20 @@ const Compiled* search(const GemmProblem& problem, const Candidates& candidates,
   return best;
 }
 
-// What a choice depends on, and the choice: the calling thread keeps its last ones.
-struct Choice {
-  const DeviceProperties* device = nullptr;
-  const void* function;  // of the first candidate
-  int64_t n, k, m, group_size;
-  ScaleType scale_type;
-  ZeroType zero_type;
-  int kernel;
-  Split split;
-
-  bool suits(const GemmProblem& problem, const Candidates& candidates, const DeviceProperties& on) const {
-    const Weight& w = problem.weight;
-    return device == &on && function == candidates.kernels[0].function && n == w.n && k == w.k && m == problem.m &&
-           group_size == w.group_size && scale_type == w.scale_type && zero_type == w.zero_type;
-  }
-};
-
-constexpr int kChoices = 256;
-
-Choice& choice_for(const GemmProblem& problem) {
-  thread_local Choice choices[kChoices];
-  const uint64_t hash = (static_cast<uint64_t>(problem.weight.n) * 31 + static_cast<uint64_t>(problem.weight.k)) * 61 +
-                        static_cast<uint64_t>(problem.m);
-  return choices[hash * 0x9E3779B97F4A7C15u >> 56];
-}
-
 }  // namespace
 
 const Compiled* choose_plan(const GemmProblem& problem, const Candidates& candidates, const DeviceProperties& device,
                             Params* params, Plan* plan) {
-  const Weight& w = problem.weight;
-  Choice& choice = choice_for(problem);
-  if (choice.suits(problem, candidates, device)) {
-    const Compiled* kernel = &candidates.kernels[choice.kernel];
-    return plan_split(problem, kernel->traits, device, choice.split, params, plan) ? kernel : nullptr;
-  }
-  const Compiled* kernel = search(problem, candidates, device, params, plan);
-  if (kernel != nullptr) {
-    choice = {&device,
-              candidates.kernels[0].function,
-              w.n,
-              w.k,
-              problem.m,
-              w.group_size,
-              w.scale_type,
-              w.zero_type,
-              static_cast<int>(kernel - candidates.kernels),
-              plan->split};
-  }
-  return kernel;
+  return choose_once<Split>(
+      problem.weight, problem.m, candidates, device,
+      [&](const Compiled& kernel, const Split& split) {
+        return plan_split(problem, kernel.traits, device, split, params, plan);
+      },
+      [&](Split* split) {
+        const Compiled* kernel = search(problem, candidates, device, params, plan);
+        if (kernel != nullptr) *split = plan->split;
+        return kernel;
+      });
 }
 
 }  // namespace cutlass_ext::cuda::wgmma
