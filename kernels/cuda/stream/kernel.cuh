@@ -122,8 +122,7 @@ class Kernel {
     // later, and a kernel whose predecessor had ended was 2 to 12% slower instead of 1 to 2% (H200,
     // scripts/pdl_neighbours.py, 2026-11-21). In a chain the waiting is covered by other CTAs' requests: 4096 x 4096, M
     // = 1, 4.1 instead of 4.4 us.
-    const bool dependent = kHopper && p.programmatic_launch;
-    if (dependent) {
+    if (kHopper && p.programmatic_launch) {
       prepare();
       wait_for_previous_kernel();
     }
@@ -135,7 +134,7 @@ class Kernel {
       request_first_x(i);
       cute::cp_async_fence();
     }
-    if (!dependent) prepare();
+    if (!kHopper || !p.programmatic_launch) prepare();
     cute::cp_async_wait<C::kStages - 1>();
     // The table, the map of nested scales, and x that other warps have loaded.
     if (Codes::kTable || Scales<C>::kResolve || Scales<C>::kNestedDirect || row_warps > 1) __syncthreads();
@@ -291,7 +290,7 @@ class Kernel {
     const T* from = static_cast<const T*>(p.x) + uint64_t(p.ldx) * uint32_t(first) + k;
     uint32_t to = slot + first * kBlockXPitch + (lane & 7) * 16;
     if (p.x_vector) {
-#pragma unroll kHopper || !kHalf ? 8 : 1
+#pragma unroll kHopper || !kHalf ? C::kTokens / 4 : 1
       for (int token = 0; token < C::kTokens; token += 4) {
         if (first + token < p.m) copy_x(to + token * kBlockXPitch, from, k);
         from += uint64_t(p.ldx) * 4;
