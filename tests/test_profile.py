@@ -325,7 +325,15 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pyquant", "profile", "--device", "cpu", "--csv", str(path), "--m", "1:1000"]
     command += [*map(str, PORTABLE), "--n", "64", "--k", "128", "--formats", "nf4", "--hot"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while (not path.exists() or len(path.read_text().splitlines()) < 3) and time.monotonic() < deadline:
         time.sleep(0.05)
