@@ -258,7 +258,7 @@ GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optio
   args.flags = flags;
   // Columns of x and of y.
   const int64_t k = transposed() ? weight.n : weight.k, n = transposed() ? weight.k : weight.n;
-  const std::string k_name = transposed() ? "N=" : "K=", n_name = transposed() ? "K=" : "N=";
+  const char* const k_name = transposed() ? "N=" : "K=";
   const int64_t dims = x_in.dim();
   if (dims > Shape::kMaxDims) fail("gemm: x: expected at most 16 dimensions, got " + std::to_string(dims));
   if (dims < 1 || x_in.size(dims - 1) != k) {
@@ -278,8 +278,8 @@ GemmCall::GemmCall(const Tensor& x_in, const cx_weight& weight, const std::optio
   args.dtype = dtype_of(x, "gemm", "x");
   if (bias_in.has_value()) {
     if (bias_in->dim() != 1 || bias_in->size(0) != n) {
-      fail("gemm: bias: expected shape [" + n_name + std::to_string(n) + "], got " + std::to_string(bias_in->numel()) +
-           " values in " + std::to_string(bias_in->dim()) + " dimensions");
+      fail("gemm: bias: expected shape [" + std::string(transposed() ? "K=" : "N=") + std::to_string(n) + "], got " +
+           std::to_string(bias_in->numel()) + " values in " + std::to_string(bias_in->dim()) + " dimensions");
     }
     bias = bias_in->is_contiguous() ? *bias_in : torch::stable::contiguous(*bias_in);
     check_tensor("gemm", "bias", *bias, x.scalar_type(), place);
