@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_cases import assert_same_bits, state_of
 from bitsandbytes_cases import Linear4bit, dense, quantize_4bit
 from conftest import assert_within_budget
 from torch import nn
@@ -73,18 +74,6 @@ class Model(nn.Module):
 
 
 NAMES = [f"blocks.{i}.{name}" for i in range(2) for name in ("qkv", "o", "up", "down")]
-
-
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert got[name].shape == tensor.shape, name
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 @each_source

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_cases import assert_same_bits, state_of
 from awq_cases import AwqTorchLinear, WQLinear_GEMM, awq_layer, gptqmodel_awq_layer, write_awq_llama
 from conftest import assert_within_budget
 from torch import nn
@@ -35,17 +36,6 @@ def exact(layer: Any) -> torch.Tensor:
     twin = WQLinear_GEMM({name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}, None)
     twin.scales = twin.scales.double()
     return twin.dequantize_weight().t()
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in module.state_dict().items()}
-
-
-def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name], tensor), name
 
 
 @each_source

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_cases import assert_same_bits, state_of
 from conftest import assert_within_budget
 from gptq_cases import (
     AWQuantLinear,
@@ -56,17 +57,6 @@ def model_of(layer: Any, act_order: bool = False) -> nn.Module:
     return nn.Sequential(
         layer(96, 64, act_order=act_order), nn.ReLU(), layer(64, 96, bias=False, symmetric=True), nn.Linear(64, 8)
     )
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in module.state_dict().items()}
-
-
-def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name], tensor), name
 
 
 def exact(layer: Any) -> torch.Tensor:
