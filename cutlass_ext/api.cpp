@@ -153,8 +153,9 @@ cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* answer)
                 "query: expected positive n, k and group_size, got %" PRId64 ", %" PRId64 " and %" PRId64, query->n,
                 query->k, query->group_size);
   }
-  const TableEntry* entry = find_entry(query->device, {encoding.id(), static_cast<DType>(query->dtype),
-                                                       query->group_size, query->n, query->k, query->m});
+  const TableEntry* entry =
+      search_entry({kNoDevice, query->device, query->processors},
+                   {encoding.id(), static_cast<DType>(query->dtype), query->group_size, query->n, query->k, query->m});
   if (entry == nullptr) {
     return fail(CX_NOT_SUPPORTED, __func__, "no table for %s has %s with this dtype", query->device, query->encoding);
   }
@@ -166,7 +167,26 @@ cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* answer)
              entry->n,
              entry->k,
              first,
-             bucket.last};
+             bucket.last,
+             entry->predicted};
+  return CX_OK;
+}
+
+cx_status cx_predict(const cx_prediction* query, double* ns) {
+  if (query == nullptr || ns == nullptr || query->coefficients == nullptr || query->n == nullptr ||
+      query->k == nullptr || query->m == nullptr) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "expected pointers, got NULL");
+  }
+  if (query->family < 0 || query->family >= kModelFamilies) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "family: expected 0 to %d, got %d", kModelFamilies - 1, query->family);
+  }
+  if (query->processors < 1) {
+    return fail(CX_INVALID_ARGUMENT, __func__, "processors: expected at least 1, got %d", query->processors);
+  }
+  for (int64_t i = 0; i < query->count; ++i) {
+    ns[i] = predict(static_cast<ModelFamily>(query->family), query->coefficients,
+                    {query->n[i], query->k[i], query->m[i], query->processors});
+  }
   return CX_OK;
 }
 

@@ -24,7 +24,7 @@ std::string read_cpu_name() {
 
 NamedDevice name_cpu() {
   static const std::string name = read_cpu_name();
-  return {-1, name.c_str()};
+  return {-1, name.c_str(), 0};
 }
 
 #ifdef CUTLASS_EXT_CUDA
@@ -39,16 +39,17 @@ NamedDevice name_gpu() {
   int index = 0;
   if (cudaGetDevice(&index) != cudaSuccess || index >= kMaxDevices) {
     cudaGetLastError();
-    return {index, ""};
+    return {index, "", 0};
   }
   Name& entry = names[index];
   std::call_once(entry.once, [&] {
     if (cudaGetDeviceProperties(&entry.properties, index) != cudaSuccess) {
       cudaGetLastError();
       entry.properties.name[0] = '\0';
+      entry.properties.multiProcessorCount = 0;
     }
   });
-  return {index, entry.properties.name};
+  return {index, entry.properties.name, entry.properties.multiProcessorCount};
 }
 #endif
 
@@ -58,7 +59,7 @@ NamedDevice name_device(Device device) {
 #ifdef CUTLASS_EXT_CUDA
   if (device == Device::kCuda) return name_gpu();
 #endif
-  return device == Device::kCpu ? name_cpu() : NamedDevice{0, ""};
+  return device == Device::kCpu ? name_cpu() : NamedDevice{0, "", 0};
 }
 
 }  // namespace cutlass_ext

@@ -79,14 +79,13 @@ int first_gemm(const GemmProblem& problem, Family family) {
   return first_available(problem.device, family, [&](const Instance& instance) { return covers(instance, problem); });
 }
 
-// What the device's table says, or -1 if there is none or it names what does not run this problem here.
+// What the device's table or a cost model says, or -1 if there is none or it names what does not run this problem here.
 int select_by_table(const GemmProblem& problem, bool dense_fallback) {
   const Weight& w = problem.weight;
   const Encoding kind = w.is_codebook ? Encoding::kCodebook : w.bias != 0 ? Encoding::kSigned : Encoding::kUnsigned;
   const TableEncoding encoding{kind, w.bits, w.scale_type == ScaleType::kNested, w.flat_scales};
   const NamedDevice device = name_device(problem.device);
-  const TableEntry* entry =
-      find_entry(device.index, device.name, {encoding.id(), problem.dtype, w.group_size, w.n, w.k, problem.m});
+  const TableEntry* entry = find_entry(device, {encoding.id(), problem.dtype, w.group_size, w.n, w.k, problem.m});
   if (entry == nullptr) return -1;
   const TableBucket& bucket = entry->at(problem.m);
   const int index = dense_fallback ? bucket.instance : bucket.gemm;

@@ -1,5 +1,6 @@
 #include "cutlass_ext/json_reader.hpp"
 
+#include <charconv>
 #include <cstdio>
 #include <limits>
 
@@ -86,10 +87,20 @@ int64_t JsonReader::integer() {
 
 bool JsonReader::null() { return accept("null"); }
 
-void JsonReader::skip_number() {
+std::string_view JsonReader::number_text() {
   const size_t first = at_;
   while (at_ < text_.size() && std::string_view("+-.eE0123456789").find(text_[at_]) != std::string_view::npos) ++at_;
-  if (at_ == first) expected("a value");
+  return text_.substr(first, at_ - first);
+}
+
+double JsonReader::number() {
+  if (!ok()) return 0;
+  skip_space();
+  const std::string_view text = number_text();
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) expected("a number");
+  return value;
 }
 
 void JsonReader::skip() {
@@ -107,7 +118,7 @@ void JsonReader::skip() {
   } else if (c == '"') {
     string();
   } else if (!accept("null") && !accept("true") && !accept("false")) {
-    skip_number();
+    if (number_text().empty()) expected("a value");
   }
 }
 

@@ -43,9 +43,10 @@ class JsonReader {
 
   std::string string();
   int64_t integer();  // not negative
-  bool null();        // whether null comes next; reads it if so
-  void skip();        // any value
-  void end();         // nothing but white space is left
+  double number();
+  bool null();  // whether null comes next; reads it if so
+  void skip();  // any value
+  void end();   // nothing but white space is left
 
  private:
   void skip_space();
@@ -53,7 +54,7 @@ class JsonReader {
   bool accept(std::string_view word);
   void expect(char c);
   void expected(const std::string& what);
-  void skip_number();
+  std::string_view number_text();  // and reads it
 
   static constexpr int kMaxDepth = 64;  // of what is skipped
 

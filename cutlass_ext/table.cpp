@@ -4,18 +4,32 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <tuple>
 
 namespace cutlass_ext {
 namespace {
 
 #include "tables.gen.inc"  // kInstanceNames, kTables
 
+// Entries that cost models predicted, kept as long as the tables they come from.
+class Predictions {
+ public:
+  const TableEntry* get(const DeviceTable& table, const CostModel& model, int64_t processors, const TableQuery& query);
+
+ private:
+  using Key = std::tuple<const DeviceTable*, uint32_t, DType, int64_t, int64_t, int64_t, int64_t>;
+  std::mutex mutex_;
+  std::map<Key, TableEntry> entries_;
+};
+
 // All tables that are in use at one time, never changed once published.
 struct TableSet {
   uint64_t generation = 0;
   std::vector<DeviceTable> tables;
+  mutable Predictions predictions;
 };
 
 // Tables of the build name instances of the build, as the generator has checked; the tests read each of them.
@@ -100,9 +114,84 @@ size_t cache_index(int device_index, const TableQuery& q) {
   return h >> 32 & (kCacheSets - 1);
 }
 
-const TableEntry* search(const TableSet& set, std::string_view device_name, const TableQuery& query) {
+// The entry of the nearest group size and shape, or nullptr.
+const TableEntry* nearest_entry(const DeviceTable& table, const TableQuery& query) {
+  const TableEntry* best = nullptr;
+  double best_distance = std::numeric_limits<double>::infinity();
+  for (const TableEntry& entry : table.entries) {
+    if (entry.encoding != query.encoding || entry.dtype != query.dtype) continue;
+    if (best != nullptr && nearer_group(best->group_size, entry.group_size, query)) continue;
+    const double distance = shape_distance(table, entry, query);
+    const bool nearer = best == nullptr || nearer_group(entry.group_size, best->group_size, query);
+    if (!nearer && distance >= best_distance) continue;
+    best = &entry;
+    best_distance = distance;
+  }
+  return best;
+}
+
+const CostModel* model_of(const DeviceTable& table, const TableQuery& query) {
+  const TableEncoding encoding = TableEncoding::of(query.encoding);
+  if (encoding.bits != 4 || encoding.flat || query.dtype == DType::kFp32) return nullptr;
+  const auto& model = encoding.kind == Encoding::kCodebook ? table.codebooks : table.integers;
+  return model ? &*model : nullptr;
+}
+
+// What a cost model makes of M from 1 to beyond 16384, in buckets as measurements give them.
+std::vector<TableBucket> predict_buckets(const CostModel& model, int64_t processors, const TableQuery& query) {
+  constexpr int64_t kTokens[] = {1,   4,   8,   16,  24,   32,   48,   64,   96,   128,  192,
+                                 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384};
+  constexpr double kMargin = 1.07;
+  const bool codebook = TableEncoding::of(query.encoding).kind == Encoding::kCodebook;
+  const std::string variant =
+      std::string(codebook ? "_codebook4" : "_int4") + (query.dtype == DType::kFp16 ? "_fp16" : "_bf16");
+  const int stream = find_table_instance("cuda_stream" + variant), wgmma = find_table_instance("cuda_wgmma" + variant);
+  const int dense = find_table_instance("cuda_dequant");
+  std::vector<TableBucket> buckets;
+  for (const int64_t m : kTokens) {
+    const auto ns = [&](ModelFamily family) {
+      return predict(family, model.coefficients[static_cast<int>(family)], {query.n, query.k, m, processors});
+    };
+    const double of_stream = ns(ModelFamily::kStream), of_wgmma = ns(ModelFamily::kWgmma);
+    const int gemm = of_wgmma < of_stream ? wgmma : stream;
+    const bool dequantize = ns(ModelFamily::kDense) < kMargin * std::min(of_stream, of_wgmma);
+    const TableBucket bucket{m, dequantize ? dense : gemm, gemm};
+    if (!buckets.empty() && buckets.back().instance == bucket.instance && buckets.back().gemm == bucket.gemm) {
+      buckets.back().last = m;
+    } else {
+      buckets.push_back(bucket);
+    }
+  }
+  buckets.back().last = std::numeric_limits<int64_t>::max();
+  return buckets;
+}
+
+const TableEntry* Predictions::get(const DeviceTable& table, const CostModel& model, int64_t processors,
+                                   const TableQuery& query) {
+  const Key key{&table, query.encoding, query.dtype, query.group_size, query.n, query.k, processors};
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto [place, is_new] = entries_.try_emplace(key);
+  if (is_new) {
+    const int64_t group_size = query.group_size >= query.k ? 0 : query.group_size;
+    place->second = {
+        query.encoding, query.dtype, group_size, query.n, query.k, predict_buckets(model, processors, query), true};
+  }
+  return &place->second;
+}
+
+const TableEntry* search(const TableSet& set, const NamedDevice& device, const TableQuery& query) {
   for (const DeviceTable& table : set.tables) {
-    if (table.device == device_name) return nearest_entry(table, query);
+    if (table.device != device.name) continue;
+    const TableEntry* nearest = nearest_entry(table, query);
+    const CostModel* model = table.processors == 0 ? nullptr : model_of(table, query);
+    if (model == nullptr || (nearest != nullptr && nearest->n == query.n && nearest->k == query.k)) return nearest;
+    return set.predictions.get(table, *model, table.processors, query);
+  }
+  if (device.processors == 0) return nullptr;
+  for (const DeviceTable& table : set.tables) {
+    if (const CostModel* model = model_of(table, query)) {
+      return set.predictions.get(table, *model, device.processors, query);
+    }
   }
   return nullptr;
 }
@@ -159,39 +248,24 @@ const TableBucket& TableEntry::at(int64_t m) const {
   return buckets[i];
 }
 
-const TableEntry* nearest_entry(const DeviceTable& table, const TableQuery& query) {
-  const TableEntry* best = nullptr;
-  double best_distance = std::numeric_limits<double>::infinity();
-  for (const TableEntry& entry : table.entries) {
-    if (entry.encoding != query.encoding || entry.dtype != query.dtype) continue;
-    if (best != nullptr && nearer_group(best->group_size, entry.group_size, query)) continue;
-    const double distance = shape_distance(table, entry, query);
-    const bool nearer = best == nullptr || nearer_group(entry.group_size, best->group_size, query);
-    if (!nearer && distance >= best_distance) continue;
-    best = &entry;
-    best_distance = distance;
-  }
-  return best;
+const TableEntry* search_entry(const NamedDevice& device, const TableQuery& query) {
+  return search(tables_in_use(), device, query);
 }
 
-const TableEntry* find_entry(std::string_view device_name, const TableQuery& query) {
-  return search(tables_in_use(), device_name, query);
-}
-
-const TableEntry* find_entry(int device_index, const char* device_name, const TableQuery& query) {
+const TableEntry* find_entry(const NamedDevice& device, const TableQuery& query) {
   thread_local CacheSet cache[kCacheSets];
   const TableSet& tables_now = tables_in_use();
   if (tables_now.tables.empty()) return nullptr;
-  CacheSet& set = cache[cache_index(device_index, query)];
+  CacheSet& set = cache[cache_index(device.index, query)];
   for (const CacheSlot& slot : set.slots) {
     if (slot.n == query.n && slot.k == query.k && slot.generation == tables_now.generation &&
         slot.group_size == query.group_size && slot.encoding == query.encoding && slot.dtype == query.dtype &&
-        slot.device_index == device_index) {
+        slot.device_index == device.index) {
       return slot.entry;
     }
   }
-  const TableEntry* entry = search(tables_now, device_name, query);
-  set.slots[set.oldest] = {tables_now.generation, device_index, query.encoding, query.dtype,
+  const TableEntry* entry = search(tables_now, device, query);
+  set.slots[set.oldest] = {tables_now.generation, device.index, query.encoding, query.dtype,
                            query.group_size,      query.n,      query.k,        entry};
   set.oldest = (set.oldest + 1) % kCacheWays;
   return entry;

@@ -120,6 +120,47 @@ TableEntry read_entry(JsonReader& json) {
   return entry;
 }
 
+// `count` coefficients into `to`.
+void read_coefficients(JsonReader& json, const char* family, int count, double* to) {
+  int read = 0;
+  json.array([&] {
+    const double value = json.number();
+    if (json.ok() && !(value > 0)) json.fail(std::string(family) + ": expected positive coefficients");
+    if (read < count) to[read] = value;
+    ++read;
+  });
+  if (json.ok() && read != count) {
+    json.fail(std::string(family) + ": expected " + std::to_string(count) + " coefficients, got " +
+              std::to_string(read));
+  }
+}
+
+void read_model(JsonReader& json, DeviceTable* table) {
+  constexpr const char* kFamilies[kModelFamilies] = {"stream", "wgmma", "dense"};  // in the order of ModelFamily
+  CostModel model{};
+  std::string encoding;
+  unsigned seen = 0;
+  json.object([&](const std::string& name) {
+    if (name == "encoding") {
+      encoding = json.string();
+      if (json.ok() && encoding != "int4" && encoding != "codebook4") {
+        json.fail("encoding: expected int4 or codebook4, got " + quoted(encoding));
+      }
+      return;
+    }
+    for (int f = 0; f < kModelFamilies; ++f) {
+      if (name != kFamilies[f]) continue;
+      seen |= 1u << f;
+      return read_coefficients(json, kFamilies[f], kModelCoefficients[f], model.coefficients[f]);
+    }
+    json.fail("expected encoding, stream, wgmma or dense, got " + quoted(name));
+  });
+  if (json.ok() && (seen != 7 || encoding.empty())) json.fail("a model lacks one of encoding, stream, wgmma and dense");
+  auto& place = encoding == "int4" ? table->integers : table->codebooks;
+  if (json.ok() && place) json.fail("a model of " + encoding + " came before");
+  place = model;
+}
+
 bool same_key(const TableEntry& a, const TableEntry& b) {
   return a.encoding == b.encoding && a.dtype == b.dtype && a.group_size == b.group_size && a.n == b.n && a.k == b.k;
 }
@@ -153,10 +194,12 @@ std::string read_table(std::string_view text, DeviceTable* table) {
       if (!json.null()) table->processors = read_positive(json, "processors");
     } else if (name == "provenance") {
       json.skip();
+    } else if (name == "models") {
+      json.array([&] { read_model(json, table); });
     } else if (name == "entries") {
       read_entries(json, table);
     } else {
-      json.fail("expected schema, device, processors, provenance or entries, got " + quoted(name));
+      json.fail("expected schema, device, processors, provenance, models or entries, got " + quoted(name));
     }
   });
   json.end();

@@ -7,10 +7,15 @@ import functools
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "lib" / "libcutlass_ext.so"
@@ -59,6 +64,7 @@ class _TableQuery(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("m", ctypes.c_int64),
+        ("processors", ctypes.c_int32),
     ]
 
 
@@ -73,6 +79,21 @@ class _TableAnswer(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("m_first", ctypes.c_int64),
         ("m_last", ctypes.c_int64),
+        ("predicted", ctypes.c_int32),
+    ]
+
+
+class _Prediction(ctypes.Structure):
+    """cx_prediction."""
+
+    _fields_: ClassVar = [
+        ("family", ctypes.c_int32),
+        ("coefficients", ctypes.c_void_p),
+        ("processors", ctypes.c_int32),
+        ("count", ctypes.c_int64),
+        ("n", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("m", ctypes.c_void_p),
     ]
 
 
@@ -171,7 +192,7 @@ def all_instance_names() -> list[str]:
 
 
 def find_in_table(
-    device: str, encoding: str, dtype: int, group_size: int, n: int, k: int, m: int
+    device: str, encoding: str, dtype: int, group_size: int, n: int, k: int, m: int, processors: int = 0
 ) -> dict[str, Any] | None:
     """What the tables in use say of a call on ``device``; None where they say nothing.
 
@@ -180,11 +201,12 @@ def find_in_table(
         encoding: as in tables: int4, codebook4-nested.
         dtype: cx_dtype.
         group_size: K or more: one group per row.
+        processors: SMs of ``device``, for a prediction where it has no table; 0: none is wanted.
 
     Returns:
-        The fields of cx_table_answer; ``gemm`` and ``m_last`` may be None.
+        The fields of cx_table_answer; ``gemm`` and ``m_last`` may be None, ``predicted`` is a bool.
     """
-    query = _TableQuery(device.encode(), encoding.encode(), dtype, group_size, n, k, m)
+    query = _TableQuery(device.encode(), encoding.encode(), dtype, group_size, n, k, m, processors)
     answer = _TableAnswer()
     status = _library().cx_find_in_table(ctypes.byref(query), ctypes.byref(answer))
     if status == _NOT_SUPPORTED:
@@ -193,8 +215,32 @@ def find_in_table(
     found = {field[0]: getattr(answer, field[0]) for field in _TableAnswer._fields_}
     found["instance"] = answer.instance.decode()
     found["gemm"] = None if answer.gemm is None else answer.gemm.decode()
+    found["predicted"] = bool(answer.predicted)
     found["m_last"] = None if answer.m_last == _INT64_MAX else answer.m_last
     return found
+
+
+def predict(
+    family: int, coefficients: NDArray[np.float64], shapes: Sequence[NDArray[np.int64]], processors: int
+) -> NDArray[np.float64]:
+    """ns that a cost model predicts.
+
+    Args:
+        family: 0: stream, 1: wgmma, 2: dequantize and a dense GEMM.
+        coefficients: as many as cutlass_ext/cost_model.hpp says.
+        shapes: N, K and M, contiguous arrays of one length.
+        processors: SMs.
+
+    Returns:
+        A time for each shape; infinity where the family does not take it.
+    """
+    import numpy as np
+
+    ns = np.empty(len(shapes[0]))
+    arrays = (array.ctypes.data for array in shapes)
+    query = _Prediction(family, coefficients.ctypes.data, processors, len(ns), *arrays)
+    _check(_library().cx_predict(ctypes.byref(query), ctypes.c_void_p(ns.ctypes.data)))
+    return ns
 
 
 def _last_error() -> str:

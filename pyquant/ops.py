@@ -102,11 +102,11 @@ class Explanation:
 
     instance: str  # a name of the instance list: <device>_<family>_<variant>
     dense: bool  # True: the instance dequantizes the weight into x's dtype, and torch's own GEMM follows
-    by_table: bool  # True: the device's dispatch table chose it; False: the rule of the dispatch
+    chosen_by: str  # "table": measured on this device; "cost model": predicted from such times; "rule": of the dispatch
 
     def __str__(self) -> str:
         then = ", then torch.nn.functional.linear" if self.dense else ""
-        return f"{self.instance}{then} (chosen by the {'table' if self.by_table else 'rule'})"
+        return f"{self.instance}{then} (chosen by the {self.chosen_by})"
 
 
 def explain(
@@ -123,21 +123,25 @@ def explain(
     row = instances()[torch.ops.pyquant.select_instance(x, *tensors, bias, *integers)]
     # The dispatch asks the table first. If what the table names is what runs, the table chose it; if not, then because
     # that instance does not take the problem. Transposed products are in no table.
-    by_table = not transposed and row["name"] == _table_choice(x, weight)
-    return Explanation(row["name"], not row["is_gemm"], by_table)
+    found = None if transposed else _table_choice(x, weight)
+    # As select_instance: only calls on a GPU may end in a dense GEMM.
+    if found is None or row["name"] != found["instance" if x.is_cuda else "gemm"]:
+        chosen_by = "rule"
+    else:
+        chosen_by = "cost model" if found["predicted"] else "table"
+    return Explanation(row["name"], not row["is_gemm"], chosen_by)
 
 
-def _table_choice(x: torch.Tensor, weight: PackedWeight) -> str | None:
-    """The instance that the table of x's device names for this call; None: it says nothing, or there is no table."""
+def _table_choice(x: torch.Tensor, weight: PackedWeight) -> dict[str, Any] | None:
+    """What the tables say of this call on x's device; None: nothing."""
     from .tables.encoding import packed_encoding
 
     m = x.numel() // max(1, weight.k)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         device = device_name(x.device.type)
-    query = (device, packed_encoding(weight), _DTYPES[x.dtype], weight.group_size, weight.n, weight.k, max(1, m))
-    found = find_in_table(*query)
-    # As select_instance: only calls on a GPU may end in a dense GEMM.
-    return None if found is None else found["instance" if x.is_cuda else "gemm"]
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
+    key = (packed_encoding(weight), _DTYPES[x.dtype], weight.group_size, weight.n, weight.k)
+    return find_in_table(device, *key, max(1, m), processors)
 
 
 def scale_data_of(weight: QuantizedWeight) -> torch.Tensor | None:

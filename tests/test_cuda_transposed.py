@@ -321,7 +321,7 @@ def test_dispatch(name: str, k: int, fused_tokens: int, dtype: torch.dtype) -> N
         expect_fused = m <= fused_tokens and dtype is not torch.float32
         assert explanation.instance.startswith("cuda_transposed_" if expect_fused else "cuda_dequant"), explanation
         assert explanation.dense == (not expect_fused)
-        assert not explanation.by_table
+        assert explanation.chosen_by == "rule"
         poison((m, k), dtype)
         y = linear(x, packed, bias, transposed=True)
         assert_within_budget(y, x, w_exact.T, bias, dense=explanation.dense)

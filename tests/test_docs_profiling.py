@@ -45,12 +45,12 @@ def test_two_commands_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # What the page says of the result: a variable names it, and it chooses.
     code = (
         "import torch, pyquant; w = pyquant.quantize(torch.randn(128, 128), 'nf4').pack(); "
-        "print(pyquant.explain(torch.randn(1, 128).bfloat16(), w).by_table)"
+        "print(pyquant.explain(torch.randn(1, 128).bfloat16(), w).chosen_by)"
     )
     (setting,) = re.findall(r"`PYQUANT_TABLE=(\S+)`", TEXT)
     environment = os.environ | {"PYQUANT_TABLE": str(tmp_path / setting)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("table", 0), done.stderr
 
 
 def test_the_example_is_a_table(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ def test_names_the_kernel_of_a_call(m: int, family: str) -> None:
     assert explanation.instance in {row["name"] for row in _library.instances() if row["available"]}
     assert explanation.instance.startswith(f"cpu_{family}_")
     assert not explanation.dense
-    assert not explanation.by_table
+    assert explanation.chosen_by == "rule"
     assert str(explanation) == f"{explanation.instance} (chosen by the rule)"
 
 
 def test_a_dense_fallback_says_so() -> None:
-    explanation = pyquant.Explanation("cuda_dequant", dense=True, by_table=True)
+    explanation = pyquant.Explanation("cuda_dequant", dense=True, chosen_by="table")
     assert str(explanation) == "cuda_dequant, then torch.nn.functional.linear (chosen by the table)"
 
 

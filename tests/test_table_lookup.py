@@ -47,7 +47,7 @@ def test_every_m_has_its_bucket() -> None:
     expected = {1: STREAM, 16: STREAM, 17: TILE, 64: TILE, 65: DEQUANT, 10**12: DEQUANT}
     found = {m: lookup.find("int4", "bf16", 128, 4096, 4096, m) for m in expected}
     assert {m: c.bucket.instance for m, c in found.items() if c} == expected
-    assert found[65] == Choice(bucket(65, None, DEQUANT, TILE), 128, 4096, 4096)
+    assert found[65] == Choice(bucket(65, None, DEQUANT, TILE), 128, 4096, 4096, predicted=False)
 
 
 def reference(content: Table, n: int, k: int, group_size: int) -> Entry:
@@ -144,17 +144,17 @@ def test_calls_use_the_table_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_explain_says_who_chose(tmp_path: Path) -> None:
-    assert not explanation(1).by_table
+    assert explanation(1).chosen_by == "rule"
     pyquant.load_table(write(tmp_path / "t.json", cpu_table(explain(1), TILE)))  # what the rule takes at M = 1, too
-    assert explanation(1).by_table
-    assert explanation(100).by_table
-    assert not explanation(1, n=100, k=200).by_table, "groups that cross rows are not in the table"
+    assert explanation(1).chosen_by == "table"
+    assert explanation(100).chosen_by == "table"
+    assert explanation(1, n=100, k=200).chosen_by == "rule", "groups that cross rows are not in the table"
     pyquant.load_table(write(tmp_path / "t.json", cpu_table("cuda_stream_int4_bf16", DEQUANT)))
-    assert not explanation(1).by_table, "a choice that cannot run here"
+    assert explanation(1).chosen_by == "rule", "a choice that cannot run here"
     content = cpu_table(STREAM, TILE)
     dense = replace(content.entries[0], buckets=(bucket(1, None, DEQUANT, TILE),))
     pyquant.load_table(write(tmp_path / "t.json", replace(content, entries=(dense,))))
-    assert explanation(1).by_table, "the GEMM beside a dense choice"
+    assert explanation(1).chosen_by == "table", "the GEMM beside a dense choice"
 
 
 def test_a_choice_that_cannot_run_here_leaves_the_rule(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_explain() -> None:
     explanation = explain(torch.randn(3, 33), packed, transposed=True)
     assert explanation.instance.startswith("cpu_dequant_")
     assert explanation.dense
-    assert not explanation.by_table
+    assert explanation.chosen_by == "rule"
     assert not explain(torch.randn(3, 70), packed).dense
     with pytest.raises(RuntimeError, match=r"x has N=70, the weight has N=33"):
         explain(torch.randn(3, 70), packed, transposed=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from ..bench.problem import DTYPES
 from .extras import require_profile
 from .output import print_json, print_table
 from .params import Format
+
+if TYPE_CHECKING:
+    from ..tables import Table
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _LARGE_M = 2048  # tables that were measured up to here are taken to hold for all M
@@ -48,8 +51,10 @@ def build(csv_paths: tuple[Path, ...], output: Path, margin: float, processors: 
     """Build a table from measured times of one device.
 
     Of each weight and M the fastest instance, but for changes along M that gain less than the margin. Rows that are
-    incorrect, failed or not supported do not count. M between two measured ones is taken for the larger one.
+    incorrect, failed or not supported do not count. M between two measured ones is taken for the larger one. From eight
+    weights of a GPU on, a cost model is fitted for those that were not measured.
     """
+    require_profile("scipy")
     from ..tables.build import build_table
     from ..tables.measurements import read_measurements
 
@@ -59,7 +64,7 @@ def build(csv_paths: tuple[Path, ...], output: Path, margin: float, processors: 
     buckets = sum(len(entry.buckets) for entry in built.entries)
     click.echo(
         f"wrote {output}: {built.device}, {len(built.entries)} weights, {buckets} buckets, "
-        f"{len(built.instances)} instances",
+        f"{len(built.instances)} instances; {_models(built)}",
         err=True,
     )
     largest = int(measurements.times["m"].max())
@@ -86,6 +91,7 @@ def show(path: Path, as_json: bool) -> None:
     columns = ("N x K", "encoding", "dtype", "group", "M", "instance", "without a dense GEMM")
     print_table(shown.device, columns, rows)
     click.echo(f"SMs (CPU: threads): {shown.processors or 'unknown'}")
+    click.echo(_models(shown))
     for name, value in shown.provenance.items():
         click.echo(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
@@ -102,7 +108,7 @@ def show(path: Path, as_json: bool) -> None:
 def explain(
     m: int, n: int, k: int, spec: FormatSpec, dtype: str, path: Path | None, device: str | None, as_json: bool
 ) -> None:
-    """Say what would run, and which measured weight that is taken from.
+    """Say what would run, and which measured weight that is taken from, or that it is predicted.
 
     Exit code 1 if the table says nothing: then the rule of the dispatch decides.
     """
@@ -119,10 +125,10 @@ def explain(
     shown = read_table(path) if path else None
     name = shown.device if shown else device or _this_device()
     encoding = encoding_name(spec, group_size or k, k)
-    choice = Lookup(shown, name).find(encoding, dtype, group_size, n, k, m)
+    choice = Lookup(shown, name, 0 if path or device else _processors()).find(encoding, dtype, group_size, n, k, m)
     if choice is None:
         raise click.ClickException(f"no table for {name} has {encoding} with {dtype}; the dispatch's rule decides")
-    exact = (choice.n, choice.k, choice.group_size) == (n, k, group_size)
+    exact = not choice.predicted and (choice.n, choice.k, choice.group_size) == (n, k, group_size)
     report: dict[str, Any] = {
         "device": name,
         "instance": choice.bucket.instance,
@@ -130,6 +136,7 @@ def explain(
         "bucket": choice.bucket.range,
         "nearest": {"n": choice.n, "k": choice.k, "group_size": choice.group_size or "K"},
         "measured": exact,
+        "predicted": choice.predicted,
     }
     if as_json:
         print_json(report)
@@ -139,8 +146,19 @@ def explain(
     click.echo(choice.bucket.instance)
     if choice.bucket.gemm:
         click.echo(f"without a dense GEMM: {choice.bucket.gemm}")
-    click.echo(f"table of {name}: {'measured' if exact else 'the nearest measured weight is'} {weight}, "
-               f"M = {choice.bucket.range}")  # fmt: skip
+    how = "measured" if exact else "predicted for" if choice.predicted else "the nearest measured weight is"
+    click.echo(f"table of {name}: {how} {weight}, M = {choice.bucket.range}")
+
+
+def _models(shown: Table) -> str:
+    return f"cost models: {', '.join(model.encoding for model in shown.models) or 'none'}"
+
+
+def _processors() -> int:
+    """SMs of this machine's GPU; 0: it has none."""
+    import torch
+
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 0
 
 
 def _this_device() -> str:
@@ -170,6 +188,8 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
             f"{new} for {of_new.device}",
             err=True,
         )
+    if of_old.models != of_new.models:
+        click.echo("note: their cost models differ; weights that neither has measured may run something else", err=True)
     found = list(changes(of_old, of_new))
     if as_json:
         key = ("encoding", "dtype", "group_size", "n", "k")
@@ -239,6 +259,8 @@ def score(
     from ..tables.measurements import read_measurements
     from ..tables.score import cells, score_cells, score_split
 
+    if path is None:
+        require_profile("scipy")
     if path and split:
         raise click.UsageError("--split has no meaning with --table: it builds its own")
     measurements = read_measurements(csv_paths)

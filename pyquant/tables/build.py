@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .cost_model import fit_models
 from .measurements import KEY, Measurements, is_dense
 from .table import Bucket, Entry, Table
 
@@ -24,7 +25,7 @@ def build_table(measurements: Measurements, margin: float = DEFAULT_MARGIN, proc
     Args:
         measurements: of one device.
         margin: what a change of instance along M must gain, as a fraction of the time of one call; see :func:`winners`.
-        processors: the device's SMs, where the measurements do not say.
+        processors: the device's SMs, where the measurements do not say; without them there are no cost models.
     """
     entries = []
     for key, rows in measurements.times.groupby(KEY, sort=True):
@@ -36,7 +37,9 @@ def build_table(measurements: Measurements, margin: float = DEFAULT_MARGIN, proc
             Entry(encoding, dtype, int(group_size), int(n), int(k), _buckets(dict(sorted(times.items())), margin))
         )
     provenance: dict[str, Any] = {**measurements.provenance, "margin": margin}
-    return Table(measurements.device, processors or measurements.processors, tuple(entries), provenance)
+    processors = processors or measurements.processors
+    models = fit_models(measurements.times, processors) if processors else ()
+    return Table(measurements.device, processors, tuple(entries), provenance, models)
 
 
 def dispatchable(instances: Mapping[str, float]) -> dict[str, float]:

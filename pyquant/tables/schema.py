@@ -8,6 +8,9 @@ from .encoding import PATTERN
 
 SCHEMA_VERSION = 1
 
+FAMILIES = {"stream": 17, "wgmma": 14, "dense": 10}  # of a cost model, and how many coefficients each has
+ENCODINGS = ("int4", "codebook4")  # that a model can be about
+
 _POSITIVE = {"type": "integer", "minimum": 1}
 _NAME = {"type": "string", "minLength": 1}
 
@@ -21,6 +24,11 @@ def _object(optional: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]
     }
 
 
+def _coefficients(family: str) -> dict[str, Any]:
+    count = FAMILIES[family]
+    return {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": count, "maxItems": count}
+
+
 _RANGE = {
     "type": "array",
     "prefixItems": [_POSITIVE, {"type": ["integer", "null"], "minimum": 1}],
@@ -31,10 +39,15 @@ SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "pyquant dispatch table",
     **_object(
+        ("models",),
         schema={"const": SCHEMA_VERSION},
         device=_NAME,
         processors={"type": ["integer", "null"], "minimum": 1},
         provenance={"type": "object"},
+        models={
+            "type": "array",
+            "items": _object((), encoding={"enum": list(ENCODINGS)}, **{f: _coefficients(f) for f in FAMILIES}),
+        },
         entries={
             "type": "array",
             "minItems": 1,
@@ -68,6 +81,9 @@ def validate(content: Any) -> None:
     if error is not None:
         raise ValueError(f"{error.json_path.removeprefix('$').lstrip('.') or 'table'}: {error.message}")
     seen: dict[tuple[Any, ...], int] = {}
+    about = [model["encoding"] for model in content.get("models", [])]
+    if len(set(about)) != len(about):
+        raise ValueError(f"models: expected one of each encoding, got {', '.join(about)}")
     for i, entry in enumerate(content["entries"]):
         key = tuple(entry[name] for name in ("encoding", "dtype", "group_size", "n", "k"))
         if key in seen:

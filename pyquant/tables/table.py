@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .schema import SCHEMA_VERSION, validate
+from .schema import FAMILIES, SCHEMA_VERSION, validate
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class CostModel:
+    """What GEMMs with weights of one encoding take, as closed forms (cutlass_ext/cost_model.hpp).
+
+    Attributes:
+        encoding: of :data:`~pyquant.tables.schema.ENCODINGS`; it stands for all 4-bit weights of its kind.
+        coefficients: of each of :data:`~pyquant.tables.schema.FAMILIES`.
+    """
+
+    encoding: str
+    coefficients: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class Table:
     """What was measured on one device.
 
@@ -65,12 +78,14 @@ class Table:
         device: the GPU's name as CUDA reports it, or the CPU's model name.
         processors: its SMs; None if the measurement does not say, and waves then do not count in distances.
         provenance: GPU, driver, clocks, versions, commit, date, files, margin: whatever explains the figures.
+        models: for weights that are in no entry.
     """
 
     device: str
     processors: int | None
     entries: tuple[Entry, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[CostModel, ...] = ()
 
     @property
     def instances(self) -> list[str]:
@@ -86,9 +101,15 @@ class Table:
             "processors": self.processors,
             "provenance": dict(self.provenance),
         }
-        lines = [json.dumps(_entry_json(entry), ensure_ascii=False) for entry in self.entries]
-        body = ",\n    ".join(lines)
-        return json.dumps(head, indent=2, ensure_ascii=False)[:-2] + f',\n  "entries": [\n    {body}\n  ]\n}}\n'
+        text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
+        if self.models:
+            text += _lines("models", [{"encoding": m.encoding, **m.coefficients} for m in self.models])
+        return text + _lines("entries", [_entry_json(entry) for entry in self.entries]) + "\n}\n"
+
+
+def _lines(name: str, values: Sequence[Any]) -> str:
+    body = ",\n    ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return f',\n  "{name}": [\n    {body}\n  ]'
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
@@ -122,4 +143,8 @@ def read_table(path: Path) -> Table:
     for entry in content["entries"]:
         buckets = tuple(Bucket(b["m"][0], b["m"][1], b["instance"], b.get("gemm")) for b in entry["buckets"])
         entries.append(Entry(**{**entry, "buckets": buckets}))
-    return Table(content["device"], content["processors"], tuple(entries), content["provenance"])
+    models = tuple(
+        CostModel(model["encoding"], {family: tuple(model[family]) for family in FAMILIES})
+        for model in content.get("models", [])
+    )
+    return Table(content["device"], content["processors"], tuple(entries), content["provenance"], models)

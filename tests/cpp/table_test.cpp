@@ -14,6 +14,8 @@ using namespace cutlass_ext;
 
 namespace {
 
+constexpr NamedDevice kDevice{0, "D", 0};
+
 void expect(bool ok, const char* what) {
   if (ok) return;
   std::fprintf(stderr, "FAILED: %s\n", what);
@@ -39,7 +41,7 @@ TableQuery query(int64_t n, int64_t m) {
 }
 
 std::string instance(int64_t n, int64_t m) {
-  const TableEntry* entry = find_entry(0, "D", query(n, m));
+  const TableEntry* entry = find_entry(kDevice, query(n, m));
   return entry == nullptr ? "" : table_instance_name(entry->at(m).instance);
 }
 
@@ -53,7 +55,7 @@ void readers_see_one_table_or_the_other() {
   for (int t = 0; t < 3; ++t) {
     readers.emplace_back([&, t] {
       for (int64_t i = t; !stop; ++i) {
-        const TableEntry* entry = find_entry(0, "D", query(512 * (1 + i % 40), 1));
+        const TableEntry* entry = find_entry(kDevice, query(512 * (1 + i % 40), 1));
         // One entry is of one table: its two buckets are never equal.
         if (entry == nullptr || entry->at(1).instance == entry->at(17).instance) ++wrong;
         ++looked;
@@ -102,7 +104,7 @@ void lookup_time() {
   for (int i = 0; i < kLookups; ++i) {
     q.n = 512 * (1 + i % 60);  // a third of the shapes is not in the table
     q.m = 1 + i % 300;
-    sum += find_entry(0, "D", q)->at(q.m).instance;
+    sum += find_entry(kDevice, q)->at(q.m).instance;
   }
   const double ns = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
   expect(sum > 0, "instances were found");

@@ -171,7 +171,8 @@ CX_API cx_status cx_select_instance(const cx_gemm_args* args, int32_t* index);
 CX_API cx_status cx_device_name(cx_device device, const char** name);
 
 /* Dispatch tables. What `pyquant table build` made of measurements on this GPU is used by cx_gemm and
- * cx_select_instance; without a table for the device a rule over the instance list decides.
+ * cx_select_instance; a GPU without a table gets what a cost model predicts for its number of SMs, and whatever neither
+ * is about is decided by a rule over the instance list.
  *
  * Loads the table of one device from a JSON file; it takes the place of the one that the library was built with. NULL:
  * back to those of the build. A file that is no table is CX_INVALID_ARGUMENT with its line, and changes nothing. Calls
@@ -188,18 +189,32 @@ typedef struct cx_table_query {
   cx_dtype dtype;
   int64_t group_size; /* K or more: one group per row */
   int64_t n, k, m;
+  int32_t processors; /* SMs of a GPU without a table of its own, for a prediction; 0: none is wanted */
 } cx_table_query;
 
 typedef struct cx_table_answer {
   const char* instance;    /* maybe one that dequantizes, for callers with a dense GEMM */
   const char* gemm;        /* for the others; NULL: not measured, the rule decides */
-  int64_t group_size;      /* of the nearest measured weight; 0: one group per row */
-  int64_t n, k;            /* of the nearest measured weight */
+  int64_t group_size;      /* of the nearest measured weight; 0: one group per row. Predicted: as asked */
+  int64_t n, k;            /* of the nearest measured weight. Predicted: as asked */
   int64_t m_first, m_last; /* the bucket of M; m_last is INT64_MAX in the last one */
+  int32_t predicted;       /* 1: by the cost model of a table; the weight was not measured */
 } cx_table_answer;
 
 /* What the tables say; CX_NOT_SUPPORTED if none has the device, encoding and dtype. */
 CX_API cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* answer);
+
+/* What a cost model predicts, for those who fit its coefficients (`pyquant table build`). */
+typedef struct cx_prediction {
+  int32_t family;             /* 0: stream, 1: wgmma, 2: dequantize and a dense GEMM */
+  const double* coefficients; /* 17, 14 or 10: cutlass_ext/cost_model.hpp says what they are */
+  int32_t processors;         /* SMs */
+  int64_t count;
+  const int64_t *n, *k, *m; /* [count] each */
+} cx_prediction;
+
+/* ns[count]; infinity where the family does not take the problem. */
+CX_API cx_status cx_predict(const cx_prediction* query, double* ns);
 
 /* Sizes of the weight's buffers; reads format, layout, scale_type, zero_type, n, k and group_size only. */
 CX_API cx_status cx_weight_bytes(const cx_weight* weight, cx_weight_sizes* sizes);
