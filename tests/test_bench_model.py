@@ -321,6 +321,20 @@ def test_what_fails_has_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytes
     assert rows[0]["reason"] == "RuntimeError: eager is made up"
 
 
+def test_what_the_profiler_cannot_do_leaves_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(decoding: Decoding) -> Any:
+        raise KeyError("a library's hook")
+
+    monkeypatch.setattr(measure, "time_of_parts", fail)
+    options = ("--batch", 1, "--variants", "nf4", "--modes", "eager", "--model-code", "plain")
+    result = run(*CPU, *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert 'pyquant nf4, parts of a token: not available because KeyError: "a library\'s hook"' in result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["tpot_ms"] > 0
+    assert row["linear_ms"] is None
+
+
 class Peer(Provider):
     """Another library's layer: bf16 in disguise, of operators that take matrices only."""
 
@@ -443,6 +457,7 @@ def test_every_mode_on_a_gpu(code: str) -> None:
     assert len(rows) == 3 * 2 * 4
     assert all(row["tpot_ms"] > 0 and row["prefill_ms"] > 0 for row in rows)
     assert {row["check"] for row in rows if row["variant"] != "bf16"} == {"passed"}
+    assert all(0 < row["weights_gb"] <= row["peak_gb"] for row in rows)
     eager = {(r["variant"], r["batch"]): r for r in rows if r["mode"] == "eager"}
     for row in (r for r in rows if r["mode"] == "graph"):
         kernels = [row[f"{part}_ms"] for part in PARTS]
