@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 import pyquant
+from pyquant.bench.gpu import BrokenDevice
 from pyquant.bench.model import measure, variants
 from pyquant.bench.model import parts as model_parts
 from pyquant.bench.model.decoder import Decoder
@@ -416,6 +417,24 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
     assert result.exit_code == 130
     assert "interrupted: 1 of 2 cells were measured" in result.stderr
     assert len(list(csv.DictReader(path.open()))) == 1
+
+
+@pytest.mark.parametrize(("variants", "rest"), [("nf4,bf16,int4-g128,uint4", "int4-g128,uint4"), ("bf16,nf4", "")])
+def test_a_broken_gpu_says_what_is_left(variants: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure._measure_variant
+
+    def broken(plan: Any, environment: Any, variant: Any, *arguments: Any) -> Iterator[Any]:
+        if variant.name == "nf4":
+            raise BrokenDevice("pyquant nf4: it is gone")
+        yield from whole(plan, environment, variant, *arguments)
+
+    monkeypatch.setattr(measure, "_measure_variant", broken)
+    options = ("--batch", 1, "--variants", variants, "--modes", "eager", "--model-code", "plain", "--json")
+    result = run(*CPU, *options)
+    assert result.exit_code == 1
+    assert [row["variant"] for row in json.loads(result.stdout)] == ["bf16"], "what was measured is reported"
+    line = next(line for line in result.stderr.splitlines() if line.startswith("Error"))
+    assert line == "Error: pyquant nf4: it is gone" + (f"; not measured: {rest}" if rest else "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

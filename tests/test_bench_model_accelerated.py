@@ -289,4 +289,5 @@ def test_on_a_gpu(mode: str) -> None:
         assert (row["check"], row["reason"]) == ("passed", "")
         assert row["accelerate_s"] > 0
         assert row["weights_gb"] <= row["accelerate_peak_gb"]
-    assert rows[2]["weights_gb"] < 1.03 * rows[0]["weights_gb"], "the original bytes are freed"
+    # In a model so small the allocator's blocks of 512 bytes show.
+    assert rows[2]["weights_gb"] < 1.1 * rows[0]["weights_gb"], "the original bytes are freed"

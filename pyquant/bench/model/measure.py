@@ -64,14 +64,20 @@ def measure_model(plan: ModelPlan, environment: Environment) -> Iterator[ModelRo
     """A row for each variant, batch and mode; a Skip for a variant that cannot take part.
 
     Raises:
-        BrokenDevice: a kernel failed in a way after which the process cannot use the GPU.
+        BrokenDevice: a kernel failed in a way after which the process cannot use the GPU; with the variants that were
+            still to come.
     """
     baseline: _Baseline = {}
     # What others are compared with comes first.
-    for variant in sorted(plan.variants, key=lambda v: v.name != BF16):
+    variants = sorted(plan.variants, key=lambda v: v.name != BF16)
+    for i, variant in enumerate(variants):
         torch._dynamo.reset()
-        # Only now is the decoder of the variant before gone.
-        yield from _measure_variant(plan, environment, variant, Memory(plan.device), baseline)
+        try:
+            # Only now is the decoder of the variant before gone.
+            yield from _measure_variant(plan, environment, variant, Memory(plan.device), baseline)
+        except BrokenDevice as error:
+            rest = ",".join(v.name for v in variants[i + 1 :])
+            raise BrokenDevice(f"{error}; not measured: {rest}" if rest else str(error)) from error
 
 
 def _measure_variant(

@@ -42,4 +42,4 @@ class Memory:
         return self._gb(torch.cuda.max_memory_allocated()) if self._on_gpu else None
 
     def _gb(self, nbytes: int) -> float:
-        return round((nbytes - self._before) / 1e9, 4)
+        return round((nbytes - self._before) / 1e9, 6)
