@@ -23,7 +23,7 @@ test: $(VENV)/.dev $(VENV)/.demo
 # The tests that need bitsandbytes, hqq or another producer of checkpoints, most of which `make test` skips.
 LIVE_TESTS := tests/test_load_live.py tests/test_accelerate.py tests/test_accelerate_hqq.py \
               tests/test_accelerate_gptq.py tests/test_accelerate_awq.py tests/test_docs_accelerate.py tests/test_hf_convert.py \
-              tests/test_matmul_4bit.py tests/test_training.py tests/test_peft.py
+              tests/test_matmul_4bit.py tests/test_training.py tests/test_peft.py tests/test_bench_model_accelerated.py
 live: $(VENV)/.live
 	PYQUANT_LIVE=1 $(VENV)/live/bin/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 import pyquant
+from pyquant.bench.gpu import BrokenDevice
 from pyquant.bench.model import measure, variants
 from pyquant.bench.model import parts as model_parts
 from pyquant.bench.model.decoder import Decoder
@@ -321,6 +322,20 @@ def test_what_fails_has_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytes
     assert rows[0]["reason"] == "RuntimeError: eager is made up"
 
 
+def test_what_the_profiler_cannot_do_leaves_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(decoding: Decoding) -> Any:
+        raise KeyError("a library's hook")
+
+    monkeypatch.setattr(measure, "time_of_parts", fail)
+    options = ("--batch", 1, "--variants", "nf4", "--modes", "eager", "--model-code", "plain")
+    result = run(*CPU, *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert 'pyquant nf4, parts of a token: not available because KeyError: "a library\'s hook"' in result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["tpot_ms"] > 0
+    assert row["linear_ms"] is None
+
+
 class Peer(Provider):
     """Another library's layer: bf16 in disguise, of operators that take matrices only."""
 
@@ -404,6 +419,24 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: py
     assert len(list(csv.DictReader(path.open()))) == 1
 
 
+@pytest.mark.parametrize(("variants", "rest"), [("nf4,bf16,int4-g128,uint4", "int4-g128,uint4"), ("bf16,nf4", "")])
+def test_a_broken_gpu_says_what_is_left(variants: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure._measure_variant
+
+    def broken(plan: Any, environment: Any, variant: Any, *arguments: Any) -> Iterator[Any]:
+        if variant.name == "nf4":
+            raise BrokenDevice("pyquant nf4: it is gone")
+        yield from whole(plan, environment, variant, *arguments)
+
+    monkeypatch.setattr(measure, "_measure_variant", broken)
+    options = ("--batch", 1, "--variants", variants, "--modes", "eager", "--model-code", "plain", "--json")
+    result = run(*CPU, *options)
+    assert result.exit_code == 1
+    assert [row["variant"] for row in json.loads(result.stdout)] == ["bf16"], "what was measured is reported"
+    line = next(line for line in result.stderr.splitlines() if line.startswith("Error"))
+    assert line == "Error: pyquant nf4: it is gone" + (f"; not measured: {rest}" if rest else "")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     result = run("--model", "llama-3.1-8b")
@@ -443,6 +476,7 @@ def test_every_mode_on_a_gpu(code: str) -> None:
     assert len(rows) == 3 * 2 * 4
     assert all(row["tpot_ms"] > 0 and row["prefill_ms"] > 0 for row in rows)
     assert {row["check"] for row in rows if row["variant"] != "bf16"} == {"passed"}
+    assert all(0 < row["weights_gb"] <= row["peak_gb"] for row in rows)
     eager = {(r["variant"], r["batch"]): r for r in rows if r["mode"] == "eager"}
     for row in (r for r in rows if r["mode"] == "graph"):
         kernels = [row[f"{part}_ms"] for part in PARTS]

@@ -82,7 +82,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="Model: tokens that follow.")  # fmt: skip
 @click.option("--variants", "variant_lists", type=CommaList(ModelVariant()), multiple=True, metavar="NAME[,...]",
               help="Model: whose linear layers: bf16, a format, or a peer's name; repeatable. "
-              "Default: bf16, bnb_nf4, marlin, machete, humming, nf4, int4-g128.")  # fmt: skip
+              "Default: bf16, bnb_nf4, bnb_nf4-accelerated, marlin, machete, humming, nf4, int4-g128.")  # fmt: skip
 @click.option("--modes", "mode_lists", type=CommaList(click.Choice(MODES["cuda"])), multiple=True, metavar="NAME[,...]",
               help=f"Model: {', '.join(MODES['cuda'])}; repeatable. Default: all.")  # fmt: skip
 @click.option("--model-code", type=click.Choice(MODEL_CODES),

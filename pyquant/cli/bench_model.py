@@ -75,7 +75,7 @@ def run_model(
     rows = found.rows
     _report(rows, as_json)
     failed = any(skip.failed for skip in found.skips)
-    ours = {variant.label for variant in variants if variant.spec}
+    ours = {variant.label for variant in variants if variant.ours}
     for row in rows:
         where = f"{row.variant}, batch {row.batch}, {row.mode}"
         if row.reason:
@@ -97,6 +97,8 @@ def _report(rows: Sequence[ModelRow], as_json: bool) -> None:
     measured = [row for row in rows if row.tpot_ms is not None]
     for batch in dict.fromkeys(row.batch for row in measured):
         _print_batch([row for row in measured if row.batch == batch])
+    _print_memory(measured)
+    _print_accelerate(measured)
     if rows:
         r = rows[0]
         click.echo(f"{r.model}, {r.layers} layers, {r.input_tokens} tokens in, {r.output_tokens} out; model code: "
@@ -118,13 +120,36 @@ def _print_batch(rows: Sequence[ModelRow]) -> None:
         print_table(title, ("linear layers", *modes), lines)
     profiled = [row for row in rows if row.linear_ms is not None]
     columns = [*(f"{part}_ms" for part in PARTS), "gaps_ms", "tpot_ms"]
-    lines = [[f"{row.variant}, {row.mode}", *(_ms(getattr(row, column)) for column in columns)] for row in profiled]
+    lines = [[f"{row.variant}, {row.mode}", *(_number(getattr(row, column)) for column in columns)] for row in profiled]
     if lines:
         headings = ("", *(_HEADINGS[part] for part in PARTS), "gaps", "token")
         print_table(f"{where}: where a token's time goes, ms", headings, lines)
 
 
-def _ms(value: float | None) -> str:
+def _print_memory(rows: Sequence[ModelRow]) -> None:
+    """Of each variant, where it is known: on a GPU."""
+    peaks: dict[tuple[str, int], float] = {}  # of all modes
+    for row in rows:
+        if row.peak_gb is not None:
+            key = row.variant, row.batch
+            peaks[key] = max(row.peak_gb, peaks.get(key, 0))
+    batches = list(dict.fromkeys(batch for _, batch in peaks))
+    weights = {row.variant: row.weights_gb for row in rows if row.weights_gb is not None}
+    if weights:
+        columns = ("linear layers", "weights", *(f"peak, batch {batch}" for batch in batches))
+        lines = [[v, f"{gb:.3f}", *(_number(peaks.get((v, batch))) for batch in batches)] for v, gb in weights.items()]
+        print_table("GPU memory, GB (1e9 bytes)", columns, lines)
+
+
+def _print_accelerate(rows: Sequence[ModelRow]) -> None:
+    """What ``pyquant.accelerate`` took."""
+    costs = {row.variant: row for row in rows if row.accelerate_s is not None}
+    if costs:
+        lines = [[v, _number(row.accelerate_s), _number(row.accelerate_peak_gb)] for v, row in costs.items()]
+        print_table("pyquant.accelerate", ("linear layers", "seconds", "peak GPU memory, GB"), lines)
+
+
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,19 +13,22 @@ from .. import device as gpu_device
 from ..environment import Environment
 from ..gpu import BrokenDevice, Skip
 from ..providers import Unavailable
+from .accelerated import accelerate_decoder
 from .decoder import Decoder
 from .decoders import build
 from .decoding import EAGER, GRAPH, Decoding, Times
+from .memory import Memory
 from .parts import PARTS, time_of_parts
 from .rows import ModelRow
-from .variants import BF16, Variant, weight_bytes
+from .variants import BF16, Variant, linears_of, weight_bytes
 from .verify import check_logits
 
 # The modes whose kernels are those that the profiler sees; compiled ones are fused.
 _PROFILED = (EAGER, GRAPH)
 # Columns that a row without times leaves empty.
 _FIGURES = ("tpot_ms", "tpot_p10_ms", "tpot_p90_ms", "prefill_ms", "tokens_per_s", "tpot_speedup", "prefill_speedup",
-            *(f"{part}_ms" for part in PARTS), "gaps_ms", "error")  # fmt: skip
+            *(f"{part}_ms" for part in PARTS), "gaps_ms", "linear_bytes", "weights_gb", "peak_gb", "accelerate_s",
+            "accelerate_peak_gb", "error")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,24 @@ def measure_model(plan: ModelPlan, environment: Environment) -> Iterator[ModelRo
     """A row for each variant, batch and mode; a Skip for a variant that cannot take part.
 
     Raises:
-        BrokenDevice: a kernel failed in a way after which the process cannot use the GPU.
+        BrokenDevice: a kernel failed in a way after which the process cannot use the GPU; with the variants that were
+            still to come.
     """
     baseline: _Baseline = {}
     # What others are compared with comes first.
-    for variant in sorted(plan.variants, key=lambda v: v.name != BF16):
+    variants = sorted(plan.variants, key=lambda v: v.name != BF16)
+    for i, variant in enumerate(variants):
         torch._dynamo.reset()
-        yield from _measure_variant(plan, environment, variant, baseline)
-        # Only now is this variant's decoder gone.
-        gc.collect()
-        if plan.device == "cuda":
-            gpu_device.release()
+        try:
+            # Only now is the decoder of the variant before gone.
+            yield from _measure_variant(plan, environment, variant, Memory(plan.device), baseline)
+        except BrokenDevice as error:
+            rest = ",".join(v.name for v in variants[i + 1 :])
+            raise BrokenDevice(f"{error}; not measured: {rest}" if rest else str(error)) from error
 
 
 def _measure_variant(
-    plan: ModelPlan, environment: Environment, variant: Variant, baseline: _Baseline
+    plan: ModelPlan, environment: Environment, variant: Variant, memory: Memory, baseline: _Baseline
 ) -> Iterator[ModelRow | Skip]:
     unknown: dict[str, Any] = dict.fromkeys(_FIGURES)
     row = ModelRow(
@@ -88,7 +93,6 @@ def _measure_variant(
         output_tokens=plan.output_tokens,
         variant=variant.label,
         mode="",
-        linear_bytes=None,
         check="",
         reason="",
         **unknown,
@@ -98,6 +102,10 @@ def _measure_variant(
         decoder = build(plan.code, plan.config, plan.device)
         with torch.no_grad():
             variant.apply(decoder)
+        if variant.accelerated:
+            cost = accelerate_decoder(decoder, set(linears_of(decoder)), plan.device, memory)
+            row = replace(row, accelerate_s=cost.seconds, accelerate_peak_gb=cost.peak_gb)
+        row = replace(row, linear_bytes=weight_bytes(decoder), weights_gb=memory.allocated())
     except Unavailable as error:
         yield Skip(variant.label, str(error), failed=False)
         return
@@ -105,16 +113,15 @@ def _measure_variant(
         reason = _reason(plan, variant, error)
         yield from (replace(row, batch=b, mode=m, reason=reason) for b in plan.batches for m in plan.modes)
         return
-    row = replace(row, linear_bytes=weight_bytes(decoder))
     for batch in plan.batches:
-        yield from _measure_batch(plan, replace(row, batch=batch), variant, decoder, baseline)
+        yield from _measure_batch(plan, replace(row, batch=batch), variant, decoder, memory, baseline)
 
 
 def _measure_batch(
-    plan: ModelPlan, row: ModelRow, variant: Variant, decoder: Decoder, baseline: _Baseline
+    plan: ModelPlan, row: ModelRow, variant: Variant, decoder: Decoder, memory: Memory, baseline: _Baseline
 ) -> Iterator[ModelRow | Skip]:
     try:
-        if plan.verify and variant.spec:
+        if plan.verify and variant.ours:
             check, error = check_logits(decoder, row.batch, plan.device)
             row = replace(row, check=check, error=error)
         decoding = Decoding(decoder, row.batch, plan.input_tokens, plan.output_tokens, plan.device)
@@ -125,16 +132,18 @@ def _measure_batch(
         return
     try:
         parts = time_of_parts(decoding)
-    except RuntimeError as error:
+    except Exception as error:  # of another library's layers, too
         parts = {}
         yield Skip(f"{variant.label}, parts of a token", _reason(plan, variant, error), failed=False)
     for mode in plan.modes:
         try:
+            memory.start_peak()
             times = decoding.measure(mode)
+            measured = replace(row, mode=mode, peak_gb=memory.peak())
         except Exception as error:  # of compilers, too
             yield replace(row, mode=mode, reason=_reason(plan, variant, error))
             continue
-        yield _with_times(plan, replace(row, mode=mode), times, parts if mode in _PROFILED else {}, baseline)
+        yield _with_times(plan, measured, times, parts if mode in _PROFILED else {}, baseline)
 
 
 def _with_times(plan: ModelPlan, row: ModelRow, times: Times, parts: dict[str, float], baseline: _Baseline) -> ModelRow:

@@ -32,6 +32,10 @@ class _Figures:
     elementwise_ms: float | None  # norms, rotary embeddings, activations, residuals, embedding, argmax
     gaps_ms: float | None  # tpot_ms less the four, if that is above 0: time without a kernel; GPU only
     linear_bytes: int | None  # of weights that the linear layers read for a token
+    weights_gb: float | None  # 1e9 bytes on the GPU when the decoder stands; GPU only, as all memory
+    peak_gb: float | None  # the most while this row was measured
+    accelerate_s: float | None  # of pyquant.accelerate
+    accelerate_peak_gb: float | None  # the most during it
     check: str  # passed or incorrect: the logits against the dequantized model's; "": not compared
     error: float | None
     reason: str  # why there are no times

@@ -1,4 +1,5 @@
-"""Whose linear layers a decoder has: nobody's (bf16), pyquant's in one format, or another library's."""
+"""Whose linear layers a decoder has: nobody's (bf16), pyquant's in one format, or another library's, as they are or
+accelerated."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ from ...nn import QuantLinear, quantize_model
 from ..format_spec import FormatSpec, parse_format_spec
 from ..providers import PEERS, Provider, Source
 from ..providers.base import import_peer, tensor_bytes
+from .accelerated import packed_of
 from .decoder import Decoder, is_head
 
 BF16 = "bf16"
 BITSANDBYTES = ("bnb_nf4", "bnb_nf4_nested")
+ACCELERATED = tuple(f"{name}-accelerated" for name in BITSANDBYTES)
 _PROVIDERS: dict[str, type[Provider]] = {peer.name: peer for peer in PEERS if peer.name not in BITSANDBYTES}
-DEFAULT = (BF16, BITSANDBYTES[0], "marlin", "machete", "humming", "nf4", "int4-g128")
-NAMES = (BF16, *BITSANDBYTES, *_PROVIDERS)
+DEFAULT = (BF16, BITSANDBYTES[0], ACCELERATED[0], "marlin", "machete", "humming", "nf4", "int4-g128")
+NAMES = (BF16, *BITSANDBYTES, *ACCELERATED, *_PROVIDERS)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Variant:
     @property
     def label(self) -> str:
         return f"pyquant {self.name}" if self.spec else self.name
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether ``pyquant.accelerate`` runs on the decoder behind :meth:`apply`."""
+        return self.name in ACCELERATED
+
+    @property
+    def ours(self) -> bool:
+        """Whether pyquant's kernels run it."""
+        return self.accelerated or self.spec is not None
 
     def apply(self, decoder: Decoder) -> None:
         """Replace the linear layers of ``decoder``, all but lm_head.
@@ -50,8 +63,8 @@ class Variant:
 
     def _peer_layer(self, module: nn.Module) -> nn.Module:
         w: Any = module.weight
-        if self.name in BITSANDBYTES:
-            return _bitsandbytes_layer(w, nested=self.name == BITSANDBYTES[1])
+        if self.name in (*BITSANDBYTES, *ACCELERATED):
+            return _bitsandbytes_layer(w, nested=self.name in (BITSANDBYTES[1], ACCELERATED[1]))
         return PeerLinear(_PROVIDERS[self.name](), w)
 
 
@@ -115,6 +128,8 @@ def _bytes_of(module: nn.Module) -> int:
         return module.operand.nbytes
     if isinstance(module, QuantLinear):
         return module.weight.nbytes
+    if (packed := packed_of(module)) is not None:
+        return packed.nbytes
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)  # bitsandbytes
     if state is None:

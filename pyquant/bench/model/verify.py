@@ -9,6 +9,7 @@ from torch import nn
 from ...nn import QuantLinear
 from ..gpu import ERROR_BUDGET
 from ..rows import INCORRECT, PASSED
+from .accelerated import dequantized_by_bitsandbytes, packed_of
 from .decoder import Decoder
 
 _PROMPT = 8
@@ -18,12 +19,17 @@ class _Dequantized(nn.Module):
     """The same layer by ``F.linear`` on its dequantized weight, made anew in every call, since those of a whole model
     may not fit. ``dtype``: of the weight and the product; y is rounded to x's."""
 
-    def __init__(self, layer: QuantLinear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer, self.dtype = layer, dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.dtype), self.layer.weight.dequantize(self.dtype)).to(x.dtype)
+        return F.linear(x.to(self.dtype), self._weight()).to(x.dtype)
+
+    def _weight(self) -> torch.Tensor:
+        if isinstance(self.layer, QuantLinear):
+            return self.layer.weight.dequantize(self.dtype)
+        return dequantized_by_bitsandbytes(self.layer, self.dtype)
 
 
 @torch.inference_mode()
@@ -31,10 +37,11 @@ def check_logits(decoder: Decoder, batch: int, device: str) -> tuple[str, float]
     """``passed`` or ``incorrect``, and the error of the logits: of a prompt of 8 tokens, and of a token behind it.
 
     The reference has the dequantized weights in fp32 and rounds the products of its linear layers to bf16. With weights
-    rounded to bf16 as well the logits have an error; the decoder's may be 1.5 times that.
+    rounded to bf16 as well the logits have an error; the decoder's may be 1.5 times that. The weights of accelerated
+    modules are dequantized by bitsandbytes, so that reading them wrongly is an error as well.
     """
     decoder.use_compiled(False)
-    layers = {name: m for name, m in decoder.named_modules() if isinstance(m, QuantLinear)}
+    layers = {name: m for name, m in decoder.named_modules() if isinstance(m, QuantLinear) or packed_of(m) is not None}
 
     def logits_with(dtype: torch.dtype) -> torch.Tensor:
         for name, module in layers.items():
