@@ -167,13 +167,22 @@ def test_opcheck() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_on_the_gpu(tmp_path: Path, name: str, mode: str) -> None:
-    """CUDA graphs leave the operator out; several calls, so that graphs are captured and replayed."""
-    model = quantized(tmp_path, name, device_map="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu(tmp_path: Path, name: str, mode: str, dtype: torch.dtype) -> None:
+    """CUDA graphs leave the operator out; several calls, so that graphs are captured and replayed.
+
+    In bf16 fused kernels round less often than single ones, so that now and then a token takes another expert: single
+    logits then differ by 0.13 (of 1080, 1 to 10), and their mean counts.
+    """
+    model = quantized(tmp_path, name, device_map="cuda", dtype=dtype)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad():
         for shift in range(6):
             tokens = (tokens_of(6, "cuda") + 11 * shift) % 90
             expected = model(tokens).logits
-            torch.testing.assert_close(compiled(tokens).logits, expected, rtol=0.05, atol=0.05)
+            got = compiled(tokens).logits
+            if dtype is torch.float32:
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+            else:
+                assert (got - expected).norm() < 0.03 * expected.norm()
             assert torch.equal(expected, model(tokens).logits), "the same bits, run to run"
