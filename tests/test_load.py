@@ -174,7 +174,15 @@ def nvfp4_tensors(divisor: float | None) -> tuple[dict[str, torch.Tensor], np.nd
     return tensors, E2M1[codes]
 
 
-def test_nvfp4_of_modelopt() -> None:
+@each("case", golden("modelopt"), ids=str)
+def test_nvfp4_of_modelopt(case: Golden) -> None:
+    layer = load.nvfp4(case.tensors, case.name)
+    assert_expected(case, layer)
+    assert layer.weight.format.name == "nvfp4"
+
+
+def test_nvfp4_of_modelopt_with_every_scale() -> None:
+    """The scales and codes that the golden file does not reach."""
     tensors, values = nvfp4_tensors(None)
     layer = load.nvfp4(tensors, "p")
     scales = tensors["p.weight_scale"].float() * tensors["p.weight_scale_2"]

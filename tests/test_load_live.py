@@ -22,6 +22,7 @@ PACKAGES = {
     "gpt_oss": "transformers",
     "gptq": "gptqmodel",
     "hqq": "hqq",
+    "modelopt": "modelopt",
     "torchao": "torchao",
 }
 
@@ -42,7 +43,8 @@ def test_the_pinned_versions_are_those_of_the_table() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / ".ci" / "live.txt").read_text(), flags=re.M))
     table = dict(re.findall(r"\| ([\w-]+) (\d[\d.]+) \|$", (root / "docs" / "loading.md").read_text(), flags=re.M))
     checked = {name: version for name, version in table.items() if name != "transformers"}
-    assert checked.keys() == {"bitsandbytes", "gptqmodel", "autoawq", "hqq", "compressed-tensors", "torchao"}
+    packages = {"bitsandbytes", "gptqmodel", "autoawq", "hqq", "compressed-tensors", "nvidia-modelopt", "torchao"}
+    assert checked.keys() == packages
     assert {name: pinned.get(name) for name in checked} == checked
 
 
