@@ -30,7 +30,9 @@ def path_of(module: nn.Module) -> str:
                 callers.append(cast(nn.Module, caller))
         frame = frame.f_back
     for caller in reversed(callers):
-        for name, inner in caller.named_modules():
+        if "_modules" not in caller.__dict__:
+            continue  # its constructor is running
+        for name, inner in nn.Module.named_modules(caller):
             if inner is module:
                 return name
     return type(module).__name__

@@ -89,6 +89,16 @@ def test_another_device(make: Callable[[], QuantLinear], grad: bool) -> None:
                 model(x)
 
 
+def test_a_model_whose_constructor_runs_a_layer() -> None:
+    class Probing(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            layer(torch.randn(2, 65))
+            super().__init__()
+
+    with pytest.raises(RuntimeError, match=r"^QuantLinear: gemm: x has K=65"):
+        Probing(quantized())
+
+
 def test_the_path_is_the_present_one() -> None:
     """A layer is called by itself, through a part of the model, in a copy, and after it was moved in the model."""
     model = quantize_model(Model(nn.Linear(64, 96)), "nf4")
