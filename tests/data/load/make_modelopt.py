@@ -1,4 +1,4 @@
-"""Golden file of ModelOpt NVFP4: ``pip install --no-deps nvidia-modelopt omegaconf pulp``, then run this (CPU).
+"""Golden file of ModelOpt NVFP4: ``pip install --no-deps nvidia-modelopt omegaconf pulp scipy``, then run it.
 
 A tiny Llama is quantized and exported as a checkpoint; expected weights are what ModelOpt's own tensor class makes of
 the exported tensors. W4A4 and W4A16 are the recipes that a CPU can quantize; they differ in the scales of activations.
