@@ -11,7 +11,6 @@ from torch import nn
 
 from ._packed_words import FREED, PackedAwq, PackedGptq
 from ._replaced_forward import STATE, ReplacedForward, State, packed_linear, reason_of_forward
-from .nn import permute
 
 
 def _gptqmodel(module: Any, name: str) -> PackedGptq:
@@ -134,9 +133,8 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     packed: PackedGptq | PackedAwq = state.packed
     if not torch.compiler.is_compiling() and not packed.is_current:
         packed.pack()
-    if packed.permutation is not None:
-        x = permute(x, packed.permutation)
-    return packed_linear(x, packed, self._buffers.get("bias"), state.compute_dtype or x.dtype)
+    dtype = state.compute_dtype or x.dtype
+    return packed_linear(self, x, packed, self._buffers.get("bias"), dtype, packed.permutation)
 
 
 def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

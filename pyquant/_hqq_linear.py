@@ -57,7 +57,7 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     packed: PackedHqq = state.packed
     if not torch.compiler.is_compiling() and not packed.is_current:
         packed.pack()
-    return packed_linear(x, packed, self.bias, state.compute_dtype or self.compute_dtype)
+    return packed_linear(self, x, packed, self.bias, state.compute_dtype or self.compute_dtype)
 
 
 def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

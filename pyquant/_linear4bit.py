@@ -62,7 +62,7 @@ def _forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     ):
         packed = _pack_again(self)
     dtype: torch.dtype = state.compute_dtype or self.compute_dtype or x.dtype  # type: ignore[assignment]
-    return packed_linear(x, packed, self._parameters["bias"], dtype)
+    return packed_linear(self, x, packed, self._parameters["bias"], dtype)
 
 
 def _pack_again(module: nn.Module) -> PackedParameter:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._module_path import prefix_path
+from .nn import permute
 from .ops import gemm
 
 STATE = "_pyquant"
@@ -55,10 +57,23 @@ def reason_of_forward(module: nn.Module, own: Any) -> str | None:
     return None
 
 
-def packed_linear(x: torch.Tensor, packed: Any, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``x @ weight^T + bias`` computed in ``dtype``, in x's dtype."""
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if dtype == x.dtype:
-        return gemm(x, *packed.tensors, bias, *packed.integers)
-    return gemm(x.to(dtype), *packed.tensors, bias, *packed.integers).to(x.dtype)
+def packed_linear(
+    module: nn.Module,
+    x: torch.Tensor,
+    packed: Any,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    permutation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x[..., permutation] @ weight^T + bias`` computed in ``dtype``, in x's dtype; errors name ``module``."""
+    try:
+        if permutation is not None:
+            x = permute(x, permutation)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if dtype == x.dtype:
+            return gemm(x, *packed.tensors, bias, *packed.integers)
+        return gemm(x.to(dtype), *packed.tensors, bias, *packed.integers).to(x.dtype)
+    except RuntimeError as error:
+        prefix_path(error, module)
+        raise

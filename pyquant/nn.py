@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._module_path import prefix_path
 from .ops import gemm, op_arguments
 from .quantize import quantize
 from .weight import PackedWeight, QuantizedWeight
@@ -81,15 +82,20 @@ class QuantLinear(nn.Module):
         # As pyquant.linear(x, self.weight, self.bias), without building a PackedWeight in every call.
         b = self._buffers
         permutation = b[_PERMUTATION]
-        if permutation is not None:
-            x = permute(x, permutation)
         bias: torch.Tensor | None = self._parameters["bias"]
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
         spec, n, k = self._integers
-        return gemm(
-            x, b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"), bias, spec, n, k
-        )
+        try:
+            if permutation is not None:
+                x = permute(x, permutation)
+            if bias is not None and bias.dtype != x.dtype:
+                bias = bias.to(x.dtype)  # as bitsandbytes does; the weight takes any activation dtype
+            return gemm(
+                x, b["_codes"], b["_scales"], b.get("_zeros"), b.get("_codebook"), b.get("_scale_data"),
+                bias, spec, n, k,
+            )  # fmt: skip
+        except RuntimeError as error:
+            prefix_path(error, self)
+            raise
 
     def extra_repr(self) -> str:
         act_order = ", act_order=True" if self.permutation is not None else ""

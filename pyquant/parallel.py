@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
 
+from ._module_path import path_of, prefix_path
 from ._narrow import check_shards
 from .nn import QuantLinear, permute
 from .ops import linear
@@ -26,8 +27,7 @@ def parallelize_module(
 ) -> nn.Module:
     """``torch.distributed.tensor.parallel.parallelize_module``, which checks all quantized layers of the plan first.
 
-    torch's function works too, but stops at the first layer that cannot be split, the ones before it split already, and
-    its styles do not know the layer's path.
+    torch's function works too, but stops at the first layer that cannot be split, the ones before it split already.
 
     Raises:
         ValueError: naming the path of a quantized layer that cannot be split, and why. All ranks raise it, and nothing
@@ -107,10 +107,14 @@ class _ColwiseQuantLinear(QuantLinear):
         # Each rank's gradient of x is the part that its rows give.
         assert isinstance(x, DTensor)  # the hook before made it one
         local = x.to_local(grad_placements=[Partial()])
-        if self.permutation is not None:
-            local = permute(local, self.permutation)
         bias = self.bias.to_local().to(local.dtype) if isinstance(self.bias, DTensor) else None
-        y = linear(local, self.weight, bias)
+        try:
+            if self.permutation is not None:
+                local = permute(local, self.permutation)
+            y = linear(local, self.weight, bias)
+        except RuntimeError as error:
+            prefix_path(error, self)
+            raise
         return DTensor.from_local(y, x.device_mesh, [Shard(-1)], run_check=False)
 
 
@@ -119,7 +123,11 @@ class _RowwiseQuantLinear(QuantLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(x, DTensor)
-        local = linear(x.to_local(), self.weight)
+        try:
+            local = linear(x.to_local(), self.weight)
+        except RuntimeError as error:
+            prefix_path(error, self)
+            raise
         y = DTensor.from_local(local, x.device_mesh, [Partial()], run_check=False)
         # Stays partial, so that the output's layout decides between all-reduce and reduce-scatter.
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -169,7 +177,7 @@ def _check(module: nn.Module, dim: int, mesh: DeviceMesh) -> None:
     # Before ranks talk to each other: none may wait for one that has raised.
     reason = _reason_not_to(module, dim, mesh.size())
     if reason is not None:
-        raise ValueError(f"parallelize_module: {module}: {reason}")
+        raise ValueError(f"parallelize_module: {path_of(module)}: {module}: {reason}")
 
 
 def _shard(module: QuantLinear, mesh: DeviceMesh, dim: int, bias: Placement, src_data_rank: int | None) -> None:

@@ -22,6 +22,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen_moe": lambda: transformers.Qwen3MoeConfig(
         intermediate_size=96, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16, **LLAMA
     ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        **LLAMA,
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, head_dim=16, **LLAMA
     ),

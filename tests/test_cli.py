@@ -179,11 +179,36 @@ def test_selection(model: Path, tmp_path: Path, options: tuple[str, ...], expect
         "shared.weight",
         "x.LayerNorm.weight",
         "lm_head.weight",
+        # Routers: Mixtral and PhiMoE; Qwen and DeepSeek; Qwen2; HunYuan; gpt-oss; Granite; Llama 4; DBRX; Switch; Ling.
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.3.mlp.shared_expert_gate.weight",
+        "model.layers.0.mlp.gate.wg.weight",
+        "model.layers.0.mlp.router.weight",
+        "model.layers.0.block_sparse_moe.router.layer.weight",
+        "language_model.model.layers.0.feed_forward.router.weight",
+        "transformer.blocks.0.ffn.router.layer.weight",
+        "encoder.block.1.layer.1.mlp.router.classifier.weight",
+        "model.layers.1.feed_forward.gate.weight",
     ],
 )
 def test_default_excludes(name: str) -> None:
     assert not Selection().picks(name, torch.ones(2, 2))
     assert Selection(include=(name,)).picks(name, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.gate_up_proj.weight",
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+        "model.layers.0.mlp.shared_expert.gate_proj.weight",
+        "rwkv.blocks.0.attention.gate.weight",
+    ],
+)
+def test_gates_that_are_no_routers(name: str) -> None:
+    assert Selection().picks(name, torch.ones(2, 2))
 
 
 def test_sharded_folder(sharded: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hqq": ({"quant_method": "hqq"}, {"axis": 1, "bits": 4}),
     "compressed_tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, {}),
     "gpt_oss": ({"quant_method": "mxfp4"}, {}),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}),
     "torchao": ({"quant_method": "torchao"}, {}),
 }
 

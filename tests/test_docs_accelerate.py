@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes_cases import Linear4bit
+from docs_cases import blocks
 from gptq_cases import write_gptq_llama
 from torch import nn
 
 import pyquant
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "accelerate.md"
-
 
 def blocks_of_page() -> tuple[list[str], str]:
     """The snippets about one model, and the one that loads a model of GPTQ."""
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.S | re.M)
-    (gptq,) = (block for block in blocks if "GPTQConfig" in block)
-    blocks.remove(gptq)
-    assert len(blocks) == 3
-    return blocks, gptq
+    found = blocks("docs/accelerate.md", "python")
+    (gptq,) = (block for block in found if "GPTQConfig" in block)
+    found.remove(gptq)
+    assert len(found) == 3
+    return found, gptq
 
 
 def test_snippets() -> None:
-    blocks, _ = blocks_of_page()
+    snippets, _ = blocks_of_page()
     model = nn.Sequential(Linear4bit(64, 96), nn.ReLU(), nn.Linear(96, 8))
     x = torch.randn(3, 64)
     expected, own = model(x), model[0].weight.clone()
     names = {"model": model}
-    exec(blocks[0], names)
+    exec(snippets[0], names)
     assert "1 modules replaced, 1 kept" in str(names["report"])
     assert model[0].weight.numel() == 0
-    exec(blocks[1], names)
+    exec(snippets[1], names)
     assert torch.equal(model[0].weight, own)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-    exec(blocks[2], names)
+    exec(snippets[2], names)
     assert torch.equal(model(x), expected)
 
 

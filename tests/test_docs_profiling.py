@@ -13,20 +13,21 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from docs_cases import ROOT, blocks
 
 from pyquant import _library
 from pyquant.cli import main
 from pyquant.profiler.measure import Profiler
 from pyquant.tables import read_table
 
-TEXT = (Path(__file__).resolve().parent.parent / "docs" / "profiling.md").read_text()
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", TEXT, flags=re.S | re.M)
+PAGE = "docs/profiling.md"
+TEXT = (ROOT / PAGE).read_text()
 
 
 def test_two_commands_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("jsonschema")
-    profile, build = (shlex.split(line, comments=True)[1:] for line in BLOCKS[0].splitlines())
+    profile, build = (shlex.split(line, comments=True)[1:] for line in blocks(PAGE, "sh")[0].splitlines())
     assert (profile[0], build[:2]) == ("profile", ["table", "build"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Profiler, "cpu_seconds", 0.002)
@@ -56,9 +57,10 @@ def test_two_commands_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_example_is_a_table(tmp_path: Path) -> None:
     pytest.importorskip("jsonschema")
     path = tmp_path / "table.json"
-    path.write_text(BLOCKS[-1])
+    (example,) = blocks(PAGE, "json")
+    path.write_text(example)
     assert read_table(path).instances == ["cuda_dequant", "cuda_stream_int4_bf16", "cuda_wgmma_int4_bf16"]
-    assert json.loads(BLOCKS[-1])["entries"][0]["buckets"][1]["m"] == [17, None]
+    assert json.loads(example)["entries"][0]["buckets"][1]["m"] == [17, None]
 
 
 def test_options_and_commands_are_those_that_exist() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_cases import ROOT, blocks
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "docs" / "serving.md").read_text()
+PAGE = "docs/serving.md"
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.S | re.M)
 
 
 def shell(commands: str, folder: Path) -> str:
@@ -37,12 +32,12 @@ def shell(commands: str, folder: Path) -> str:
 def test_the_example_server(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     save_file({"a.weight": torch.randn(96, 128), "b.weight": torch.randn(64, 96)}, tmp_path / "model.safetensors")
-    output = shell(blocks("sh")[0], tmp_path)
+    output = shell(blocks(PAGE, "sh")[0], tmp_path)
     assert "ready: 2 layers" in output
 
 
 def test_a_program_of_your_own(tmp_path: Path) -> None:
-    (cmake,), (program,), (_, commands) = blocks("cmake"), blocks("cpp"), blocks("sh")
+    (cmake,), (program,), (_, commands) = blocks(PAGE, "cmake"), blocks(PAGE, "cpp"), blocks(PAGE, "sh")
     (tmp_path / "CMakeLists.txt").write_text(cmake)
     (tmp_path / "main.cpp").write_text(program)
     assert shell(commands, tmp_path).splitlines()[-1] == "32 16"

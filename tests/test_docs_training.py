@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-def blocks(page: str) -> list[str]:
-    found = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.S | re.M)
-    assert found, f"{page}: no python block"
-    return found
+from docs_cases import blocks
 
 
 def succeed(command: list[str], folder: Path) -> str:
@@ -29,7 +21,7 @@ def test_training(tmp_path: Path) -> None:
     """One after the other, as one program."""
     pytest.importorskip("peft", reason="needs peft")
     pytest.importorskip("transformers", reason="needs transformers")
-    snippets = blocks("training.md")
+    snippets = blocks("docs/training.md", "python")
     assert len(snippets) == 4
     output = succeed([sys.executable, "-c", "\n".join(snippets)], tmp_path)
     assert "trainable params" in output
@@ -37,13 +29,13 @@ def test_training(tmp_path: Path) -> None:
 
 
 def test_training_without_peft(tmp_path: Path) -> None:
-    *_, without, transposed = blocks("training.md")
+    *_, without, transposed = blocks("docs/training.md", "python")
     output = succeed([sys.executable, "-c", f"import torch\nimport pyquant\n{without}\n{transposed}"], tmp_path)
     assert "cpu_dequant_" in output
 
 
 def test_one_process(tmp_path: Path) -> None:
-    local = [block for block in blocks("parallel.md") if not block.startswith("# torchrun")]
+    local = [block for block in blocks("docs/parallel.md", "python") if not block.startswith("# torchrun")]
     assert len(local) == 3
     checks = "assert rows.shape == (256, 256) and columns.shape == (512, 128) and part.shape == (512, 128)"
     succeed([sys.executable, "-c", "\n".join([*local, checks])], tmp_path)
@@ -54,7 +46,7 @@ def test_one_process(tmp_path: Path) -> None:
 def test_two_processes(index: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() == 1:
         pytest.skip("the pages take a GPU for each of two ranks where there is one")
-    scripts = [block for block in blocks("parallel.md") if block.startswith("# torchrun")]
+    scripts = [block for block in blocks("docs/parallel.md", "python") if block.startswith("# torchrun")]
     assert len(scripts) == 2
     (tmp_path / "script.py").write_text(scripts[index])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from docs_cases import snippets
 from hf_cases import convert_layers, edit_config, save_dense
 from test_hf_convert import BNB, bitsandbytes_layer, quantized_by_default
 from torch import nn
 
 from pyquant.nn import QuantLinear
-
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "transformers.md"
 
 
 def save_bitsandbytes(folder: Path) -> None:
@@ -26,7 +24,7 @@ def save_bitsandbytes(folder: Path) -> None:
 
 
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE.read_text(), flags=re.S | re.M)
+    blocks = snippets("docs/transformers.md")
     assert [language for language, _ in blocks] == ["python", "python", "sh", "python", "python", "python"]
     save_dense(tmp_path / "llama", "llama")
     save_bitsandbytes(tmp_path / "llama-bnb-4bit")

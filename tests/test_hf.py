@@ -28,9 +28,18 @@ from pyquant.hf import PyquantConfig
 from pyquant.nn import QuantLinear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-LINEARS = {"llama": 14, "qwen": 14, "mixtral": 8 + 16, "qwen_moe": 8 + 16, "gpt_oss": 8 + 16, "bert": 13, "gpt2": 8}
+LINEARS = {
+    "llama": 14,
+    "qwen": 14,
+    "mixtral": 8 + 16,
+    "qwen_moe": 8 + 16,
+    "qwen2_moe": 8 + 16 + 6,
+    "gpt_oss": 8 + 16,
+    "bert": 13,
+    "gpt2": 8,
+}
 # What a model does not quantize unless told otherwise.
-KEPT = ("lm_head", "decoder")
+KEPT = ("shared_expert_gate", "lm_head", "decoder")
 
 
 def placed(device: str) -> dict[str, Any]:
@@ -224,6 +233,19 @@ def test_an_own_skip_list_quantizes_the_head(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", "llama")
     model = load(tmp_path / "dense", "llama", PyquantConfig("nf4", modules_to_not_convert=["q_proj"]))
     assert isinstance(model.lm_head, QuantLinear)
+
+
+def test_routers_that_are_linear_layers(tmp_path: Path) -> None:
+    """The one for Qwen2's shared expert, while most are classes of their own; an own skip list has the last word."""
+    dense = save_dense(tmp_path / "dense", "qwen2_moe")
+    model = load(tmp_path / "dense", "qwen2_moe", PyquantConfig("nf4"))
+    assert type(model.model.layers[0].mlp.shared_expert_gate) is nn.Linear
+    dequantized_reference(dense, format="nf4")
+    assert_close(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(load(tmp_path / "quantized", "qwen2_moe")), logits(model))
+    model = load(tmp_path / "dense", "qwen2_moe", PyquantConfig("nf4", modules_to_not_convert=["lm_head"]))
+    assert isinstance(model.model.layers[0].mlp.shared_expert_gate, QuantLinear)
 
 
 def test_experts_of_one_layer_skipped(tmp_path: Path) -> None:

@@ -174,7 +174,15 @@ def nvfp4_tensors(divisor: float | None) -> tuple[dict[str, torch.Tensor], np.nd
     return tensors, E2M1[codes]
 
 
-def test_nvfp4_of_modelopt() -> None:
+@each("case", golden("modelopt"), ids=str)
+def test_nvfp4_of_modelopt(case: Golden) -> None:
+    layer = load.nvfp4(case.tensors, case.name)
+    assert_expected(case, layer)
+    assert layer.weight.format.name == "nvfp4"
+
+
+def test_nvfp4_of_modelopt_with_every_scale() -> None:
+    """The scales and codes that the golden file does not reach."""
     tensors, values = nvfp4_tensors(None)
     layer = load.nvfp4(tensors, "p")
     scales = tensors["p.weight_scale"].float() * tensors["p.weight_scale_2"]
@@ -211,9 +219,47 @@ def test_torchao(case: Golden) -> None:
     assert bool(((layer.dequantize() - expected).abs() <= bound).all())
 
 
+TINYGEMM = [
+    "tiles8_group32", "tiles8_group64", "tiles8_group128", "tiles8_symmetric", "tiles4_group64", "tiles2_group32",
+    "tiles2_symmetric",
+]  # fmt: skip
+
+
+@each("name", TINYGEMM)
+def test_tinygemm(name: str) -> None:
+    """The codes that torch's operator packed, and the weights that its kernel multiplies with."""
+    case = next(c for c in golden("tinygemm") if c.name == name)
+    packed, both = case.tensors[f"{name}._weight_qdata"], case.tensors[f"{name}._weight_scale_and_zero"]
+    assert packed.shape[-1] * 2 == case.settings["inner_k_tiles"]
+    layer = load.tinygemm(packed, both)
+    assert same_layer(layer, load.torchao(case.tensors, name, kind="Int4TilePackedTo4dTensor"))
+    weight, expected = layer.weight, case.expected[torch.bfloat16]
+    assert weight.group_size == case.settings["group_size"]
+    high_first = case.tensors[f"{name}.codes"]
+    codes = torch.stack([high_first >> 4, high_first & 0x0F], dim=-1).view(weight.shape)
+    if case.settings["symmetric"]:
+        assert weight.format.name == "int4"
+        assert torch.equal(unpack_codes(weight.codes, weight.k, 4), codes ^ 8)
+        assert torch.equal(layer.dequantize(torch.bfloat16), expected)
+        return
+    assert weight.format.name == "uint4"
+    assert torch.equal(unpack_codes(weight.codes, weight.k, 4), codes)
+    # The zero point in code units is rounded to fp32, which shows in bf16 where a weight lies halfway between numbers.
+    ours, own = layer.dequantize(torch.bfloat16).double(), expected.double()
+    scales = weight.decode_scales().repeat_interleave(weight.group_size, dim=1)
+    exact = layer.dequantize().double()
+    halfway = (exact - (ours + own) / 2).abs() <= 2.0**-23 * (exact.abs() + 16 * scales)
+    assert bool((halfway | (ours == own)).all())
+    assert float((ours == own).double().mean()) > 0.9
+
+
+def test_every_case_of_tinygemm_is_tested() -> None:
+    assert [case.name for case in golden("tinygemm")] == TINYGEMM
+
+
 @each("tiles", [2, 4, 8])
 def test_tinygemm_layout(tiles: int) -> None:
-    """The packing of tinygemm's CUDA kernel, which cannot run here, written from its description."""
+    """The packing of tinygemm's CUDA kernel, written from its description."""
     rng = np.random.default_rng(tiles)
     codes = rng.integers(0, 16, (16, 256))
     both = torch.zeros(2, 16, 2, dtype=torch.bfloat16)

@@ -131,6 +131,12 @@ NVFP4 = [
     (put("weight_scale", torch.full((8, 4), 0x7F, dtype=torch.uint8)), r"p\.weight_scale: expected finite"),
     (map_("weight_scale", lambda t: t[:, :-1]), r"p\.weight_scale: expected .* \[8, 4\], got .* \[8, 3\]"),
 ]
+MODELOPT = [
+    (without("weight_scale_2"), r"p\.weight_scale_2: expected a tensor, got none"),
+    (put("pre_quant_scale", torch.ones(32)), r"p\.pre_quant_scale: expected none: .*export plain NVFP4"),
+    (put("svdquant_lora_a", torch.ones(4, 32)), r"p\.svdquant_lora_a: expected none"),
+    (map_("weight_scale", lambda t: t[:, :1]), r"p\.weight_scale: expected .* \[16, 2\], got .* \[16, 1\]"),
+]
 MXFP4 = [
     (
         put("weight_scale", torch.full((8, 2), 255, dtype=torch.uint8)),
@@ -153,6 +159,7 @@ CASES = [
     *[("hqq", "hqq", "4bit", *case) for case in HQQ],
     *[("compressed_tensors", "compressed_tensors", "4bit_sym", *case) for case in COMPRESSED],
     *[("nvfp4", "compressed_tensors", "nvfp4", *case) for case in NVFP4],
+    *[("nvfp4", "modelopt", "w4a16.self_attn.k_proj", *case) for case in MODELOPT],
     *[("mxfp4", "compressed_tensors", "mxfp4", *case) for case in MXFP4],
     *[("torchao", "torchao", "plain", *case) for case in TORCHAO],
 ]
@@ -283,6 +290,10 @@ def test_recognise() -> None:
     plan = load.recognise(names, {"quant_method": "gptq"})
     assert plan.layers == {"a": names[:4]}
     assert plan.copied == ["a.bias", "norm.weight"]
+    # Part of the layer, so that its loader sees and refuses it: copied, it would be lost on the converted model.
+    plan = load.recognise(["a.input_scale", "a.pre_quant_scale", "a.weight", "a.weight_scale_2"], None)
+    assert plan.layers == {"a": ["a.weight_scale_2", "a.weight", "a.pre_quant_scale"]}
+    assert plan.copied == ["a.input_scale"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ PACKAGES = {
     "gpt_oss": "transformers",
     "gptq": "gptqmodel",
     "hqq": "hqq",
+    "modelopt": "modelopt",
+    "tinygemm": "torch",
     "torchao": "torchao",
 }
 
@@ -42,11 +44,15 @@ def test_the_pinned_versions_are_those_of_the_table() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / ".ci" / "live.txt").read_text(), flags=re.M))
     table = dict(re.findall(r"\| ([\w-]+) (\d[\d.]+) \|$", (root / "docs" / "loading.md").read_text(), flags=re.M))
     checked = {name: version for name, version in table.items() if name != "transformers"}
-    assert checked.keys() == {"bitsandbytes", "gptqmodel", "autoawq", "hqq", "compressed-tensors", "torchao"}
+    packages = {"bitsandbytes", "gptqmodel", "autoawq", "hqq", "compressed-tensors", "nvidia-modelopt", "torchao"}
+    assert checked.keys() == packages
     assert {name: pinned.get(name) for name in checked} == checked
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+# torch packs tinygemm's layout on CUDA only.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.gpu if name == "tinygemm" else ()) for name in PACKAGES]
+)
 def test_the_installed_package_makes_the_golden_file(tmp_path: Path, name: str) -> None:
     # `make live` has installed them all: there a missing one is a failure.
     if importlib.util.find_spec(PACKAGES[name]) is None and "PYQUANT_LIVE" not in os.environ:

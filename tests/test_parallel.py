@@ -147,7 +147,7 @@ def check_errors_name_the_path(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match=r"^parallelize_module: layers\.1\.down: QuantLinear\(.*N=31 does not divide"):
         parallelize_module(model, mesh, plan)
     assert not any(m.is_parallel for m in model.modules() if isinstance(m, QuantLinear))
-    with pytest.raises(ValueError, match=r"^parallelize_module: QuantLinear\(.*N=31"):
+    with pytest.raises(ValueError, match=r"^parallelize_module: layers\.1\.down: QuantLinear\(.*N=31"):
         torch_parallel.parallelize_module(model, mesh, plan)
     assert model["layers"][0].up.is_parallel
     model = make()
@@ -158,6 +158,8 @@ def check_errors_name_the_path(mesh: DeviceMesh) -> None:
         parallelize_module(model, mesh, plan)
     assert len(caught) == 1
     assert [block.up.is_parallel for block in model["layers"]] == [True] * 3
+    with pytest.raises(RuntimeError, match=r"^up: gemm: x has K=127, the weight has K=128$"):
+        model["layers"][0](torch.randn(2, 127, device=mesh.device_type))
 
 
 def check_state_dict(mesh: DeviceMesh) -> None:

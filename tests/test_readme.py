@@ -9,25 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_cases import ROOT, blocks, command_lines
 from load_cases import golden
 from safetensors.torch import save_file
 
 from pyquant import load
 from pyquant.formats import FORMATS
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-PACKAGE = Path(__file__).resolve().parent.parent / "pyquant"
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
-    assert found, f"README has no {language!r} block"
-    return found
+README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "pyquant"
 
 
 def test_python_block() -> None:
-    for block in blocks("python"):
+    for block in blocks("README.md", "python"):
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "QuantLinear" in done.stdout
@@ -36,7 +30,7 @@ def test_python_block() -> None:
 def test_command_lines(tmp_path: Path) -> None:
     """Every `pyquant ...` line, on a small model in place of the reader's."""
     save_file({"layer.weight": torch.randn(128, 256), "layer.bias": torch.randn(128)}, tmp_path / "model.safetensors")
-    lines = [line.split()[1:] for block in blocks("sh") for line in block.splitlines() if line.startswith("pyquant ")]
+    lines = [line.split()[1:] for line in command_lines("README.md") if line.startswith("pyquant ")]
     assert [line[0] for line in lines] == ["quantize", "verify", "info", "bench"]
     for line in lines:
         if line[0] == "bench":
@@ -48,7 +42,7 @@ def test_command_lines(tmp_path: Path) -> None:
 
 def test_cpp_block_compiles(tmp_path: Path) -> None:
     source = tmp_path / "serve.cpp"
-    source.write_text("\n".join(blocks("cpp")))
+    source.write_text("\n".join(blocks("README.md", "cpp")))
     command = ["c++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"-I{PACKAGE / 'include'}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -62,6 +56,7 @@ LOADERS = {
     "hqq": ("hqq", ()),
     "compressed_tensors": ("compressed_tensors", ("num_bits", "group_size")),
     "gpt_oss": ("mxfp4_experts", ()),
+    "modelopt": ("nvfp4", ()),
     "torchao": ("torchao", ("kind",)),
 }
 
@@ -104,7 +99,7 @@ def test_the_table_says_what_golden_files_become(producer: str) -> None:
         layers = getattr(load, loader)(case.tensors, case.name, **case.arguments(*settings))
         found |= {layer.weight.format.name for layer in (layers if isinstance(layers, list) else [layers])}
     # What golden files do not reach: nvfp4 with scales that no factor gives is in tests/test_load.py.
-    assert found == formats_of(loader) - ({"codebook4"} if producer == "compressed_tensors" else set())
+    assert found == formats_of(loader) - ({"codebook4"} if producer in ("compressed_tensors", "modelopt") else set())
 
 
 def test_the_tables_test_files_exist() -> None:

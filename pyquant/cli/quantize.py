@@ -37,8 +37,9 @@ _HELP = f"""Quantize the linear layers of a checkpoint.
     `import pyquant.hf`.
 
     Quantized are 2-D fp32, fp16 or bf16 tensors called *.weight, except those whose names look like
-    embeddings, norms or the output head ({", ".join(DEFAULT_EXCLUDES)}). --include replaces this default by
-    the globs given; --exclude always wins. All other tensors are copied as they are.
+    embeddings, norms, the output head or routers of experts. --include replaces this default by the globs
+    given; --exclude always wins. All other tensors are copied as they are. The names:
+    {", ".join(DEFAULT_EXCLUDES)}.
 
     OUT is complete or not written at all. --json prints: input, output, format, dry_run, layers (name,
     shape, bytes, quantized_bytes, bits_per_weight), copied (number of tensors), bytes and quantized_bytes

@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from .._routers import ROUTERS
 from ..checkpoint import StoredTensor
 
-DEFAULT_EXCLUDES = ("*embed*", "*wte*", "*wpe*", "shared.*", "*norm*", "*lm_head*")
+DEFAULT_EXCLUDES = ("*embed*", "*wte*", "*wpe*", "shared.*", "*norm*", "*lm_head*", *ROUTERS)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -18,8 +19,8 @@ class Selection:
     """2-D ``*.weight`` tensors of fp32, fp16 or bf16 that match an ``include`` glob and no ``exclude`` glob.
 
     A checkpoint does not say which tensors belong to linear layers, so names must: without ``include``,
-    ``DEFAULT_EXCLUDES`` (in lower case) keep embeddings, norms and the output head as they are. Globs are
-    matched against full names, such as ``encoder.layer.0.*``."""
+    ``DEFAULT_EXCLUDES`` (in lower case) keep embeddings, norms, the output head and routers of experts as they
+    are. Globs are matched against full names, such as ``encoder.layer.0.*``."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

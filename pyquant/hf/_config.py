@@ -27,7 +27,7 @@ class PyquantConfig(QuantizationConfigMixin):
         codebook: [2^bits] values in units of absmax, in place of the format's own.
         modules_to_not_convert: modules that are not quantized: names, their ends, or regular expressions from the
             beginning of a name, as in other configurations of transformers. None for the output head, weights tied to
-            others, and the module that comes last.
+            others, the module that comes last, and routers of experts.
         version: of this configuration, written by ``save_pretrained`` and ``pyquant convert``, as the next two.
         modules: format and shape of each quantized weight of a checkpoint, by module name.
         converted_from: the producer of a checkpoint that was converted.

@@ -89,7 +89,7 @@ class PyquantHfQuantizer(HfQuantizer):
             return  # update_weight_conversions knows the names
         check_skip_list(model, config.modules_to_not_convert or ())
         skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
-        self.targets = wanted_targets(model, skip)
+        self.targets = wanted_targets(model, skip, keep_routers=config.modules_to_not_convert is None)
         self._bytes_per_weight = {name: self._check_target(target) for name, target in self.targets.items()}
 
     def _check_target(self, target: Target) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .._routers import is_router
 from ._experts import fused_weights
 
 
@@ -70,8 +71,13 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def wanted_targets(model: nn.Module, skip: Iterable[str]) -> dict[str, Target]:
+def wanted_targets(model: nn.Module, skip: Iterable[str], *, keep_routers: bool) -> dict[str, Target]:
     """Those that are neither skipped nor tied to another weight.
+
+    Args:
+        model: as transformers builds it.
+        skip: as ``PyquantConfig.modules_to_not_convert``.
+        keep_routers: skip linear layers that route tokens to experts, too.
 
     Raises:
         ValueError: there are none.
@@ -83,7 +89,7 @@ def wanted_targets(model: nn.Module, skip: Iterable[str]) -> dict[str, Target]:
     wanted = {
         name: target
         for name, target in targets.items()
-        if name not in tied and should_convert_module(target.module, skip)
+        if name not in tied and should_convert_module(target.module, skip) and not (keep_routers and is_router(name))
     }
     if not wanted:
         raise ValueError(

@@ -79,9 +79,13 @@ def nvfp4(tensors: Mapping[str, torch.Tensor], prefix: str) -> LoadedLayer:
         prefix: the layer's name.
 
     Raises:
-        LoadError: a tensor is missing, damaged, or does not fit the others.
+        LoadError: a tensor is missing, damaged, or does not fit the others; ModelOpt's ``pre_quant_scale`` (AWQ) or
+            low-rank part (SVDQuant).
     """
     parts = Parts("nvfp4", tensors, prefix)
+    for other in ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"):
+        if other in parts:
+            parts.refuse(other, "expected none: the layer does more than multiply with its weight; export plain NVFP4")
     divides = "weight_global_scale" in parts
     codes = parts.get("weight_packed" if divides else "weight", torch.uint8, (None, None))
     n, k = codes.shape[0], 2 * codes.shape[1]

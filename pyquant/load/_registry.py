@@ -146,7 +146,7 @@ PRODUCERS = (
     Producer(
         "modelopt",
         (".weight_scale_2",),
-        (".weight", ".weight_scale"),
+        (".weight", ".weight_scale", ".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b"),
         lambda tensors, prefix, settings: {prefix: nvfp4(tensors, prefix)},
     ),
     Producer("mxfp4", ("_blocks",), ("_scales", "_bias"), _experts),

@@ -1,7 +1,7 @@
 """Golden file of torchao: ``pip install torchao``, then ``python make_torchao.py`` (CPU).
 
 Scales, zeros and codes come from torchao's own tinygemm primitives, names and metadata from its safetensors support;
-expected weights from its dequantization in fp32. Its tile-packed layout is made on CUDA only: tests pack it themselves.
+expected weights from its dequantization in fp32. Its tile-packed layout is that of make_tinygemm.py.
 """
 
 from __future__ import annotations
