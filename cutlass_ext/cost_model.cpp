@@ -47,6 +47,12 @@ double predict_stream(const double* c, const ModelProblem& p) {
   return whole + (rest == 0 ? 0 : predict_launch(c, p, rest));
 }
 
+// A GPU at its limit of power lowers its clocks, the more the longer it works: by `share` in the end.
+double throttled(double ns, double share) {
+  constexpr double kHalf = 80e3;  // ns after which half of that is reached
+  return ns * (1 + share * ns / (ns + kHalf));
+}
+
 // The best of all tiles and clusters, as the kernel's plan looks for it (kernels/cuda/wgmma/plan.cpp).
 double predict_wgmma(const double* c, const ModelProblem& p) {
   constexpr struct {
@@ -69,7 +75,7 @@ double predict_wgmma(const double* c, const ModelProblem& p) {
     }
   }
   const double y = p.n % kAlignment == 0 ? 0 : c[13] * 1e-3 * double(p.m) * double(p.n);
-  return c[8] + best + y;
+  return c[8] + throttled(best, c[14]) + y;
 }
 
 double predict_dense(const double* c, const ModelProblem& p) {
@@ -93,7 +99,7 @@ double predict_dense(const double* c, const ModelProblem& p) {
   const double felt = p.m == 1 ? 0 : std::min(1.0, m / 64);
   if (p.n % kAlignment != 0) gemm *= 1 + c[8] * felt;
   if (p.k % kAlignment != 0) gemm *= 1 + c[9] * felt;
-  return c[0] + c[1] * 1e-3 * n * k / sms + gemm;
+  return c[0] + c[1] * 1e-3 * n * k / sms + throttled(gemm, c[10]);
 }
 
 }  // namespace

@@ -17,11 +17,11 @@ constexpr int kModelFamilies = 3;
 //   kWgmma   for tiles of 32, 64, 128 and 256 tokens each: a block of 64 k of a CTA, and more for each slab of 64 rows;
 //            then the start; an exchange within a cluster, and more for each token and slab; the output of a tile
 //            that another one follows, and of the last, each for a token and slab; 1000 values of y where N is no
-//            multiple of 8
+//            multiple of 8; the share that long calls take more, at lower clocks
 //   kDense   the start; an SM's dequantizing of 1000 weights; a block of 64 k in a tile of 128 x 128, 128 x 256 and
 //            64 x 64; the rest of a tile; splitting K; an SM's reading and writing of 1000 bytes; shares that are
-//            added where N and where K is no multiple of 8
-constexpr int kModelCoefficients[kModelFamilies] = {17, 14, 10};
+//            added where N and where K is no multiple of 8, and for long calls
+constexpr int kModelCoefficients[kModelFamilies] = {17, 15, 11};
 constexpr int kMostModelCoefficients = 17;
 
 struct ModelProblem {

@@ -141,7 +141,7 @@ const CostModel* model_of(const DeviceTable& table, const TableQuery& query) {
 std::vector<TableBucket> predict_buckets(const CostModel& model, int64_t processors, const TableQuery& query) {
   constexpr int64_t kTokens[] = {1,   4,   8,   16,  24,   32,   48,   64,   96,   128,  192,
                                  256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384};
-  constexpr double kMargin = 1.07;
+  constexpr double kMargin = 1.06;
   const bool codebook = TableEncoding::of(query.encoding).kind == Encoding::kCodebook;
   const std::string variant =
       std::string(codebook ? "_codebook4" : "_int4") + (query.dtype == DType::kFp16 ? "_fp16" : "_bf16");

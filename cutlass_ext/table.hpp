@@ -4,7 +4,7 @@
 //   1. An entry of the encoding, dtype, N and K. Of their group sizes the nearest in log space counts (the smaller of
 //      two as near).
 //   2. Else what the table's cost model predicts (cost_model.hpp), where it has one of the encoding's kind: of the
-//      instances for 4 bits the fastest, but dequantizing for a dense GEMM unless that is 7% slower: predictions are
+//      instances for 4 bits the fastest, but dequantizing for a dense GEMM unless that is 6% slower: predictions are
 //      off by 5 to 10%, and to gain nothing is better than to be slower than what everybody can do.
 //   3. Else the nearest entry of the encoding, dtype and nearest group size: the one with the least
 //        (ln N' / N)^2 + (ln K' / K)^2 + (ln waves' / waves)^2,  waves = ceil(ceil(N / 64) / SMs)

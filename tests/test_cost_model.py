@@ -129,7 +129,7 @@ def test_what_was_measured_counts_and_the_rest_is_predicted() -> None:
 
 
 def test_the_choice_is_the_fastest_prediction() -> None:
-    """At the M for which times are predicted; dequantizing unless that is 7% slower."""
+    """At the M for which times are predicted; dequantizing unless that is 6% slower."""
     content = modelled()
     lookup = Lookup(content)
     chosen = set()
@@ -137,7 +137,7 @@ def test_the_choice_is_the_fastest_prediction() -> None:
         model = MODELS[encoding]
         ns = {family: predict(model, family, n, k, m) for family in FAMILIES}
         gemm = "wgmma" if ns["wgmma"] < ns["stream"] else "stream"
-        expected = "dense" if ns["dense"] < 1.07 * ns[gemm] else gemm
+        expected = "dense" if ns["dense"] < 1.06 * ns[gemm] else gemm
         found = lookup.find(encoding, "bf16", 128, n, k, m)
         assert found is not None
         names = {family: f"cuda_{family}_{encoding}_bf16" for family in ("stream", "wgmma")} | {"dense": DENSE}
@@ -176,7 +176,7 @@ def test_a_gpu_without_a_table_gets_predictions_for_its_sms() -> None:
 
 
 BAD = {
-    "count": ('"wgmma": [', '"wgmma": [1.5, ', "wgmma: expected 14 coefficients, got 15"),
+    "count": ('"wgmma": [', '"wgmma": [1.5, ', "wgmma: expected 15 coefficients, got 16"),
     "negative": ('"stream": [', '"stream": [-', "stream: expected positive coefficients"),
     "no number": ('"dense": [', '"dense": ["4", ', "expected a number"),
     "family": ('"dense"', '"cublas"', "expected encoding, stream, wgmma or dense, got 'cublas'"),
@@ -238,6 +238,6 @@ def test_predictions_are_near_the_times_of_the_h200(measured: Any) -> None:
 def test_weights_that_the_table_has_not_seen(measured: Any) -> None:
     """Half of the 41 weights build the table, the other half judges it; docs/performance.md has the figures."""
     scores = [score_split(measured, 0.5, seed) for seed in range(3)]
-    assert all(score.cells == 588 for score in scores)
+    assert all(score.cells == 630 for score in scores)
     assert np.mean([score.ideal for score in scores]) > 0.94
     assert np.mean([score.regressive for score in scores]) < 0.015

@@ -8,7 +8,7 @@ from .encoding import PATTERN
 
 SCHEMA_VERSION = 1
 
-FAMILIES = {"stream": 17, "wgmma": 14, "dense": 10}  # of a cost model, and how many coefficients each has
+FAMILIES = {"stream": 17, "wgmma": 15, "dense": 11}  # of a cost model, and how many coefficients each has
 ENCODINGS = ("int4", "codebook4")  # that a model can be about
 
 _POSITIVE = {"type": "integer", "minimum": 1}

@@ -207,7 +207,7 @@ CX_API cx_status cx_find_in_table(const cx_table_query* query, cx_table_answer* 
 /* What a cost model predicts, for those who fit its coefficients (`pyquant table build`). */
 typedef struct cx_prediction {
   int32_t family;             /* 0: stream, 1: wgmma, 2: dequantize and a dense GEMM */
-  const double* coefficients; /* 17, 14 or 10: cutlass_ext/cost_model.hpp says what they are */
+  const double* coefficients; /* 17, 15 or 11: cutlass_ext/cost_model.hpp says what they are */
   int32_t processors;         /* SMs */
   int64_t count;
   const int64_t *n, *k, *m; /* [count] each */
