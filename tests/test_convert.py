@@ -101,6 +101,17 @@ def assert_converted(content: dict[str, Any], producer: str) -> None:
         assert bias is None or torch.equal(content[f"{case.name}.bias"], bias)
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_what_a_producer_says_beside_the_config_is_not_copied(tmp_path: Path, name: str) -> None:
+    """A server would take the converted weights for the producer's."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_model(source, "gptq", 1)
+    (source / name).write_text("{}")
+    assert run(source, target).exit_code == 0
+    assert not (target / name).exists()
+    assert (target / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("producer", CONFIGS)
 def test_folders(tmp_path: Path, producer: str, shards: int) -> None:

@@ -24,6 +24,8 @@ from .output_folder import check_other_weights, check_target, replace_folder
 from .quantize import copy_other_files
 
 STATE_FILE = ".convert.json"
+# What AutoGPTQ, AutoAWQ and ModelOpt write of their quantization beside config.json; servers look there, too.
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Layers that are read at a time: one's reading hides behind another's computing. More would cost memory.
 _THREADS = 2
 
@@ -233,7 +235,7 @@ def _finish(
     job: _Job, staging: Path, weight_map: dict[str, str], tensor_bytes: int, config: dict[str, Any] | None
 ) -> None:
     """All that a model folder holds beside its shards."""
-    copy_other_files(job.model.path, staging)
+    copy_other_files(job.model.path, staging, _QUANTIZATION_FILES)
     if job.model.sharded:
         index = {"metadata": {"total_size": tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         with replace_file(staging / INDEX_FILE) as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -201,9 +201,10 @@ def _write(
     return sum((target / shard.path.name).stat().st_size for shard in model.shards)
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """All files of a model folder but its weights; ``target`` may exist."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, INDEX_FILE), dirs_exist_ok=True)
+def copy_other_files(source: Path, target: Path, without: Sequence[str] = ()) -> None:
+    """All files of a model folder but its weights and those named in ``without``; ``target`` may exist."""
+    left_out = shutil.ignore_patterns(*_WEIGHT_FILES, INDEX_FILE, *without)
+    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
 
 
 def _write_shard(shard: Reader, target: Path, layers: dict[str, _Layer], quantize_layer: _QuantizeLayer) -> None:
