@@ -47,7 +47,7 @@ def test_plots_and_reports_of_measured_rows(tmp_path: Path) -> None:
 
 
 def test_the_table_from_the_rows_that_were_measured(tmp_path: Path) -> None:
-    for package in ("pandas", "jsonschema"):
+    for package in ("pandas", "jsonschema", "scipy"):
         pytest.importorskip(package)
     (tmp_path / "profiles").symlink_to(ROOT / "profiles")
     profile, build, score = TABLE
