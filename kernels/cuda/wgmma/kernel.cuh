@@ -681,10 +681,9 @@ class Kernel {
 #pragma unroll
         for (int u = 0; u < C::kUnitsAtOnce; ++u) {
           const int unit = first_unit + u;
-          const int token = first_token + unit * kUnitTokens + lane / 2;
-          if (!(units >> unit & 1) || token >= end_token) continue;
-          store_piece(token, slab * layout::kBlockRows + warp * layout::kAtomRows + lane % 2 * 8,
-                      *reinterpret_cast<const uint4*>(&piece_of(output, u, lane / 2, lane % 2)));
+          if (!(units >> unit & 1)) continue;
+          store_unit(output, u, first_token + unit * kUnitTokens, end_token,
+                     slab * layout::kBlockRows + warp * layout::kAtomRows, lane);
         }
         __syncwarp();
       }
@@ -700,16 +699,26 @@ class Kernel {
     return reinterpret_cast<cute::uint128_t*>(output + u * kUnitBytes)[token * 2 + (half ^ (token >> 2 & 1))];
   }
 
-  __device__ __forceinline__ void store_piece(int token, int row, uint4 v) const {
-    uint16_t* y = static_cast<uint16_t*>(p.y) + token * p.ldy + row;
+  // A warp's 16 rows of the tokens of a unit. Where rows of y are not aligned, neighbouring lanes store neighbouring
+  // values: with eight of them a lane 50257 x 768 at M = 512 took five times as long as 50256 (H200, 2026-11-21).
+  __device__ __forceinline__ void store_unit(uint8_t* output, int u, int first_token, int end_token, int first_row,
+                                             int lane) const {
+    uint16_t* y = static_cast<uint16_t*>(p.y);
     if (p.y_vector) {
-      if (row < p.n) *reinterpret_cast<uint4*>(y) = v;
+      const int token = first_token + lane / 2, row = first_row + lane % 2 * 8;
+      if (token < end_token && row < p.n) {
+        *reinterpret_cast<cute::uint128_t*>(y + token * p.ldy + row) = piece_of(output, u, lane / 2, lane % 2);
+      }
       return;
     }
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (row + i < p.n) y[i] = uint16_t(words[i / 2] >> 16 * (i % 2));
+    constexpr int kRows = layout::kAtomRows, kTokensAtOnce = cutlass::NumThreadsPerWarp / kRows;
+    const int of_row = lane % kRows, row = first_row + of_row;
+#pragma unroll 2
+    for (int i = 0; i < kUnitTokens; i += kTokensAtOnce) {
+      const int of_token = i + lane / kRows, token = first_token + of_token;
+      if (token >= end_token || row >= p.n) continue;
+      const auto* piece = reinterpret_cast<const uint16_t*>(&piece_of(output, u, of_token, of_row / 8));
+      y[token * p.ldy + row] = piece[of_row % 8];
     }
   }
 };
