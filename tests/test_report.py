@@ -144,11 +144,11 @@ def test_charts_of_an_h200() -> None:
     sweep, styles = sweep_of(rows), styles_of(rows)
     speedups = speedup_chart(sweep, "bf16", styles)
     assert [line.label for line in speedups.lines] == ["pyquant int4-g64", "pyquant nf4"], "cuBLAS is the reference"
-    assert speedups.ticks == [33, 64, 96, 128, 192, 256, 512, 1024, 2048]
+    assert speedups.ticks == [33, 64, 128, 256, 512, 1024, 2048], "96 and 192 have no room"
     assert len(time_charts(sweep, styles)) == 4
     roof = roofline_chart(sweep, "bf16", styles)
     assert roof.lines[0].label == "measured ceilings"
-    assert "floor kernel 4.40 TB/s; cuBLAS 706 TFLOP/s" in roof.subtitle
+    assert "floor kernel 4.39 TB/s; cuBLAS 757 TFLOP/s" in roof.subtitle
     few = roofline_chart(sweep_of(read_csv(H200 / "fp32.csv")), "fp32", styles_of(read_csv(H200 / "fp32.csv")))
     assert "cuBLAS at most 8 TFLOP/s" in few.subtitle, "up to 8 tokens it is no ceiling"
     ceiling = few.lines[0]

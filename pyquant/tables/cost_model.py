@@ -20,7 +20,7 @@ FEWEST_SHAPES = 8
 
 # Where the search starts, and what a coefficient stays at that no measured weight depends on: an H200's, rounded.
 _STREAM = [(2900, 18, 100, 1000), (2900, 25, 200, 1500), (2900, 37, 400, 2000), (2900, 48, 400, 2000), (200,)]
-_WGMMA = [(65, 70), (75, 80), (55, 170), (10, 370), (3700, 800, 3.5, 8, 0.7, 9, 0.1)]
+_WGMMA = [(65, 70), (75, 80), (55, 170), (10, 370), (3700, 800, 3.5, 8, 0.7, 1, 0.1)]
 _DENSE = [(4400, 80, 380, 750, 95, 400, 3800, 33, 6, 3, 0.1)]
 _START = {
     family: np.array([c for group in groups for c in group], dtype=np.float64)

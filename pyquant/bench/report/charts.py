@@ -158,12 +158,12 @@ def roofline_chart(sweep: pd.DataFrame, dtype: str, styles: Mapping[str, Style])
 
 
 def _spaced(values: pd.Series) -> list[int]:
-    """Those that have room for a label on a logarithmic axis."""
+    """Those that have room for a label on a logarithmic axis, powers of two before others."""
     spaced: list[int] = []
-    for m in sorted({int(value) for value in values}):
-        if not spaced or m > spaced[-1] * 2**0.3:
+    for m in sorted({int(value) for value in values}, key=lambda m: (m & (m - 1) != 0, m)):
+        if all(abs(math.log2(m / other)) > 0.45 for other in spaced):
             spaced.append(m)
-    return spaced
+    return sorted(spaced)
 
 
 def _in_order(table: pd.DataFrame, styles: Mapping[str, Style]) -> list[tuple[str, pd.DataFrame]]:
