@@ -298,9 +298,10 @@ def test_experts_that_are_not_fused_as_expected(tmp_path: Path) -> None:
     text = transformers.Llama4TextConfig(intermediate_size=96, intermediate_size_mlp=96, num_local_experts=2,
                                          head_dim=16, **LLAMA)  # fmt: skip
     transformers.Llama4ForCausalLM(text).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="fused expert tensors, such as .* are not quantized"):
+    with pytest.warns(UserWarning, match="fused expert tensors, such as .* are not quantized") as warned:
         model = transformers.Llama4ForCausalLM.from_pretrained(tmp_path, quantization_config=PyquantConfig("nf4"))
     assert layers(model)
+    assert not any("Llama4Router" in str(warning.message) for warning in warned), "nobody wants routers quantized"
 
 
 def test_linear_layers_of_a_models_own(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def _warn_of_others(model: nn.Module, targets: dict[str, Target]) -> None:
             "their module does not follow transformers' interface of experts",
             stacklevel=2,
         )
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)} - {nn.Linear}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = {type(m) for name, m in linears.items() if not is_router(f"{name}.weight")} - {nn.Linear}
     own = sorted(kind.__name__ for kind in kinds if not kind.__module__.startswith("torch."))
     if own:
         warnings.warn(
