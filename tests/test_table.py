@@ -235,7 +235,18 @@ def test_explain_says_what_and_why(tmp_path: Path) -> None:
     assert near["nearest"] == {"n": 4096, "k": 4096, "group_size": 128}
     other = run("explain", "--format", "nf4", "--table", path, "--m", 1, "--n", 64, "--k", 64)
     assert other.exit_code == 1
-    assert f"no table for {DEVICE}" not in other.output or "the dispatch's rule decides" in other.output
+    assert f"no table for {DEVICE} has codebook4 with bf16; the dispatch's rule decides" in other.output
+
+
+def test_explain_of_a_gpu_without_a_table() -> None:
+    arguments = ("explain", "--format", "uint4", "--m", 512, "--n", 4096, "--k", 4096, "--device", "NVIDIA Unheard-of")
+    assert run(*arguments).exit_code == 1
+    predicted = run(*arguments, "--sms", 78)
+    assert predicted.exit_code == 0, predicted.output
+    assert "NVIDIA Unheard-of, 78 SMs: predicted for uint4, bf16, g64, 4096 x 4096" in predicted.output
+    without = run("explain", "--m", 1, "--n", 64, "--k", 64, "--sms", 78)
+    assert without.exit_code == 2
+    assert "--sms is for --device" in without.output
 
 
 def test_diff(tmp_path: Path) -> None:

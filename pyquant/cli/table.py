@@ -104,9 +104,19 @@ def show(path: Path, as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of x and y.")
 @click.option("--table", "path", type=_FILE, help="This table; default: those in use, for --device.")
 @click.option("--device", help="Name of the GPU or CPU; default: the one of this machine.")
+@click.option("--sms", "processors", type=click.IntRange(min=1),
+              help="SMs of a GPU --device that has no table: what a cost model predicts for it.")  # fmt: skip
 @_JSON
 def explain(
-    m: int, n: int, k: int, spec: FormatSpec, dtype: str, path: Path | None, device: str | None, as_json: bool
+    m: int,
+    n: int,
+    k: int,
+    spec: FormatSpec,
+    dtype: str,
+    path: Path | None,
+    device: str | None,
+    processors: int | None,
+    as_json: bool,
 ) -> None:
     """Say what would run, and which measured weight that is taken from, or that it is predicted.
 
@@ -119,13 +129,15 @@ def explain(
 
     if path and device:
         raise click.UsageError("--device has no meaning with --table: a table is for one device")
+    if processors and not device:
+        raise click.UsageError("--sms is for --device")
     fmt = FORMATS[spec.name]
     asked = fmt.group_size if spec.group_size is None else spec.group_size
     group_size = 0 if asked <= 0 or asked >= k else asked
     shown = read_table(path) if path else None
     name = shown.device if shown else device or _this_device()
     encoding = encoding_name(spec, group_size or k, k)
-    choice = Lookup(shown, name, 0 if path or device else _processors()).find(encoding, dtype, group_size, n, k, m)
+    choice = Lookup(shown, name, processors or (0 if path or device else _processors())).find(encoding, dtype, group_size, n, k, m)
     if choice is None:
         raise click.ClickException(f"no table for {name} has {encoding} with {dtype}; the dispatch's rule decides")
     exact = not choice.predicted and (choice.n, choice.k, choice.group_size) == (n, k, group_size)
@@ -147,7 +159,8 @@ def explain(
     if choice.bucket.gemm:
         click.echo(f"without a dense GEMM: {choice.bucket.gemm}")
     how = "measured" if exact else "predicted for" if choice.predicted else "the nearest measured weight is"
-    click.echo(f"table of {name}: {how} {weight}, M = {choice.bucket.range}")
+    source = f"{name}, {processors} SMs" if processors else f"table of {name}"
+    click.echo(f"{source}: {how} {weight}, M = {choice.bucket.range}")
 
 
 def _models(shown: Table) -> str:
