@@ -137,7 +137,8 @@ def explain(
     shown = read_table(path) if path else None
     name = shown.device if shown else device or _this_device()
     encoding = encoding_name(spec, group_size or k, k)
-    choice = Lookup(shown, name, processors or (0 if path or device else _processors())).find(encoding, dtype, group_size, n, k, m)
+    lookup = Lookup(shown, name, processors or (0 if path or device else _processors()))
+    choice = lookup.find(encoding, dtype, group_size, n, k, m)
     if choice is None:
         raise click.ClickException(f"no table for {name} has {encoding} with {dtype}; the dispatch's rule decides")
     exact = not choice.predicted and (choice.n, choice.k, choice.group_size) == (n, k, group_size)
