@@ -48,7 +48,11 @@ def test_two_processes(index: int, tmp_path: Path) -> None:
         pytest.skip("the pages take a GPU for each of two ranks where there is one")
     scripts = [block for block in blocks("docs/parallel.md", "python") if block.startswith("# torchrun")]
     assert len(scripts) == 2
-    (tmp_path / "script.py").write_text(scripts[index])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    output = succeed([*torchrun, "script.py"], tmp_path)
-    assert output.count("256x256") == (2 if index == 0 else 0)
+    (tmp_path / "script.py").write_text(f"{scripts[index]}\nprint('the end', flush=True)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.count("the end") == 2, done.stderr
+    assert done.stdout.count("256x256") == (2 if index == 0 else 0)
+    # Behind the script's last line a process may abort: 3 of 76 did when the machine stalled, each with these words of
+    # a thread that nobody joined (torch 2.13, gloo). Neither the page nor pyquant starts a thread.
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
