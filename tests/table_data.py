@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
+import pyquant
 from pyquant.tables import Bucket, Entry, Table
 
 STREAM, TILE, DEQUANT = "cpu_stream_portable", "cpu_tile_portable", "cpu_dequant_portable"
@@ -43,6 +46,21 @@ def row(m: int, instance: str, us: float, n: int = 4096, k: int = 4096, **cells:
         "driver": "1.2",
         **cells,
     }
+
+
+def damage(path: Path, good: str, old: str, new: str) -> Path:
+    """A table's JSON in which ``old`` was replaced once."""
+    assert old in good
+    path.write_text(good.replace(old, new, 1))
+    return path
+
+
+def error_of_loading(path: Path, words: str) -> str:
+    """The message with which the library refuses a file: its line, and ``words``."""
+    with pytest.raises(ValueError, match=rf"load_table: .*{re.escape(path.name)}: line \d+: ") as error:
+        pyquant.load_table(path)
+    assert words in str(error.value)
+    return str(error.value)
 
 
 def write_csv(path: Path, *rows: dict[str, Any]) -> Path:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from table_data import bucket, entry, table
+from table_data import bucket, damage, entry, error_of_loading, table
 
-import pyquant
 from pyquant import _library
 from pyquant.tables import CostModel, Table, read_table
 from pyquant.tables.cost_model import FEWEST_SHAPES, fit_models
@@ -193,13 +192,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_model_is_an_error_with_its_line(case: str, tmp_path: Path) -> None:
     old, new, words = BAD[case]
-    good = modelled().to_json()
-    assert old in good
-    path = tmp_path / "bad.json"
-    path.write_text(good.replace(old, new, 1))
-    with pytest.raises(ValueError, match=r"load_table: .*bad\.json: line \d+: ") as error:
-        pyquant.load_table(path)
-    assert words in str(error.value)
+    path = damage(tmp_path / "bad.json", modelled().to_json(), old, new)
+    error_of_loading(path, words)
     with pytest.raises(ValueError, match=r"bad\.json: "):
         read_table(path)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # Weights that have to be measured before a model says more than the nearest of them.
 FEWEST_SHAPES = 8
 
-# Where the search starts, and what a coefficient stays at that no measured weight depends on: an H200's, rounded.
+# Where the search starts, and what a coefficient stays at that no measured weight depends on: rounded from fits to all
+# weights of the H200, so that scores of tables from half of them are not independent of the other half in those.
 _STREAM = [(2900, 18, 100, 1000), (2900, 25, 200, 1500), (2900, 37, 400, 2000), (2900, 48, 400, 2000), (200,)]
 _WGMMA = [(65, 70), (75, 80), (55, 170), (10, 370), (3700, 800, 3.5, 8, 0.7, 1, 0.1)]
 _DENSE = [(4400, 80, 380, 750, 95, 400, 3800, 33, 6, 3, 0.1)]
